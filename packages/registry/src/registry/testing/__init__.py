@@ -1,0 +1,1 @@
+"""Pytest fixtures with a real Consul agent behind them: `pytest_plugins = ["registry.testing"]`."""
