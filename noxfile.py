@@ -1,0 +1,100 @@
+"""The front door: `nox` checks everything that needs no Docker, `nox -s demo` shows the system at work."""
+
+import hashlib
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "uv"
+nox.options.error_on_external_run = True
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+
+ROOT = Path(__file__).parent
+LOCK = "requirements.lock"
+MEMBERS = sorted(
+    path.parent.relative_to(ROOT).as_posix()
+    for folder in ("packages", "services")
+    for path in ROOT.glob(f"{folder}/*/pyproject.toml")
+)
+TYPED = ["packages", "services", "deploy/local", "conftest.py", "noxfile.py"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check format, style, import contracts, and that requirements.lock still follows the pyprojects."""
+    install(session)
+    session.run("ruff", "format", "--check")
+    session.run("ruff", "check")
+    session.run("lint-imports")
+    check_lock(session)
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check every annotation, strictly."""
+    install(session)
+    session.run("mypy", *(session.posargs or TYPED))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests against a real Consul; arguments go to pytest."""
+    install(session)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Start Consul and the services as local processes; `-- --once` shows the tour and leaves."""
+    install(session)
+    session.run("python", "deploy/local/demo.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def lock(session: nox.Session) -> None:
+    """Bring requirements.lock in line with the pyprojects; `-- --upgrade` takes the newest releases."""
+    compile_lock(session, LOCK, *session.posargs)
+
+
+def install(session: nox.Session) -> None:
+    """Install what is locked and the workspace itself, unless this environment has exactly that already."""
+    sources = [LOCK, "pyproject.toml", *(f"{member}/pyproject.toml" for member in MEMBERS)]
+    wanted = hashlib.sha256(b"\0".join((ROOT / source).read_bytes() for source in sources)).hexdigest()
+    stamp = Path(session.virtualenv.location, "installed.sha256")
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    stamp.unlink(missing_ok=True)
+    # A sync, not an install: a reused environment must not keep what the lock dropped.
+    session.run("uv", "pip", "sync", "--require-hashes", LOCK)
+    session.install("--no-deps", *(part for member in MEMBERS for part in ("-e", member)))
+    stamp.write_text(wanted)
+
+
+def compile_lock(session: nox.Session, output: str, *options: str) -> None:
+    """Resolve all members and the dev group into `output`, keeping the versions it names where they fit."""
+    session.run(
+        *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"),
+        *("--no-emit-index-url", "--no-emit-find-links", "--no-emit-package", "registry"),
+        *("--custom-compile-command", "python3 -m nox -s lock"),
+        *("--all-extras", "--group", "dev", *(f"{member}/pyproject.toml" for member in MEMBERS)),
+        *("--output-file", output, *options),
+        external=True,
+        # The environment of whoever runs this must not leak an index or a constraint into the lock.
+        env={"UV_CONSTRAINT": None, "UV_OVERRIDE": None, "UV_EXCLUDE_NEWER": None},
+    )
+
+
+def check_lock(session: nox.Session) -> None:
+    """Compile again from the present lock: a difference means that a pyproject has moved on without it."""
+    present = (ROOT / LOCK).read_text()
+    again = Path(session.create_tmp(), LOCK)
+    again.write_text(present)
+    try:
+        compile_lock(session, str(again))
+    except nox.command.CommandFailed:
+        session.warn("Resolving failed; trying once more with what uv's cache holds, without the network.")
+        compile_lock(session, str(again), "--offline")
+    if again.read_text() != present:
+        session.error(f"{LOCK} is out of date: run `python3 -m nox -s lock` and commit it.")
