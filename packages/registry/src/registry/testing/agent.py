@@ -1,0 +1,237 @@
+"""A real Consul agent for tests and demos: its own ports, its own data, nothing left behind."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from registry.testing.binary import ConsulNotFoundError, find_consul
+from registry.testing.ports import free_ports, is_free
+
+__all__ = ["ConsulAgent", "ConsulNotFoundError", "ConsulStartError", "find_consul", "running_agent"]
+
+_START_SECONDS = 30.0
+_STOP_SECONDS = 5.0
+
+# The guard outlives us, however we end: a pipe tells it the agent's process id (0: none), and when the pipe
+# closes it kills that process and removes the directory. PR_SET_PDEATHSIG would be shorter, but it is Linux
+# only and fires when the *thread* that started the agent ends.
+_GUARD = """
+import os, shutil, signal, sys, time
+pid = 0
+for line in sys.stdin:
+    pid = int(line)
+deadline = time.monotonic() + 5
+while pid and time.monotonic() < deadline:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        break
+    time.sleep(0.02)
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+
+
+class ConsulStartError(RuntimeError):
+    """The agent did not start; the message holds the reason or the end of its log."""
+
+
+class ConsulAgent:
+    """One Consul server on loopback that leads itself; made by `running_agent`.
+
+    Every method blocks until what it promises is so. Ports stay the same when the agent starts again.
+    """
+
+    def __init__(self, binary: Path, directory: Path, http_port: int | None, *, acl: bool) -> None:
+        """Settle ports and configuration; no agent runs before `start`."""
+        free_port, self.dns_port, serf_port, server_port = free_ports(4)
+        self.http_port = http_port or free_port
+        self.url = f"http://127.0.0.1:{self.http_port}"
+        self.token = str(uuid.uuid4()) if acl else None
+        """The bootstrap token, allowed everything; None without ACL."""
+        self._binary = binary
+        self._data = directory / "data"
+        self._log = directory / "consul.log"
+        self._configuration = directory / "agent.json"
+        self._configuration.write_text(json.dumps(self._settings(serf_port, server_port)))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD, str(directory)],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __repr__(self) -> str:
+        """Where it listens; never the token."""
+        return f"<ConsulAgent {self.url}>"
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running agent. Raises: RuntimeError when it is not running."""
+        if self._process is None:
+            raise RuntimeError("the agent is not running")
+        return self._process.pid
+
+    def env(self) -> dict[str, str]:
+        """The variables that lead a child process to this agent."""
+        token = {} if self.token is None else {"CONSUL_HTTP_TOKEN": self.token}
+        return {"CONSUL_HTTP_ADDR": f"127.0.0.1:{self.http_port}", **token}
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines that the agent logged."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
+    def start(self) -> None:
+        """Start the agent and return when it leads and knows itself; no-op while it runs.
+
+        Raises: ConsulStartError.
+        """
+        if self._process is not None:
+            return
+        command = [str(self._binary), "agent", f"-config-file={self._configuration}"]
+        with self._log.open("ab") as log:
+            # Its own session: Ctrl-C in the terminal reaches us, and we decide what happens to the agent.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._tell_guard(self._process.pid)
+        self._wait_until_leading(self._process)
+
+    def stop(self) -> None:
+        """Stop the agent in good order, data kept; no-op when it is not running."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill the agent as a crash would, data kept; no-op when it is not running."""
+        self._end(signal.SIGKILL)
+
+    def restart(self, *, keep_data: bool) -> None:
+        """Stop and start the agent, on the same ports; without its data it has forgotten everything."""
+        self.stop()
+        if not keep_data:
+            shutil.rmtree(self._data)
+        self.start()
+
+    def pause(self) -> None:
+        """Freeze the agent: connections are accepted by the system, answers never come. `resume` ends it."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused agent go on where it stood."""
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End the agent for good and remove its data."""
+        self.kill()
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait()
+
+    def _settings(self, serf_port: int, server_port: int) -> dict[str, object]:
+        # A server with a data directory rather than -dev, which forgets everything at a restart.
+        settings: dict[str, object] = {
+            "server": True,
+            "bootstrap": True,
+            "bind_addr": "127.0.0.1",
+            "client_addr": "127.0.0.1",
+            "data_dir": str(self._data),
+            "ports": {
+                "http": self.http_port,
+                "dns": self.dns_port,
+                "serf_lan": serf_port,
+                "server": server_port,
+                **dict.fromkeys(("serf_wan", "https", "grpc", "grpc_tls"), -1),
+            },
+            "performance": {"raft_multiplier": 1},
+            # The output of a check is seen at once, not with the next change of its status.
+            "check_update_interval": "0s",
+            "disable_update_check": True,
+            "ui_config": {"enabled": True},
+        }
+        if self.token is not None:
+            settings["acl"] = {
+                "enabled": True,
+                "default_policy": "deny",
+                # Without a token of its own, an agent answers 200 to a deregistration and does nothing.
+                "tokens": {"initial_management": self.token, "agent": self.token},
+            }
+        return settings
+
+    def _wait_until_leading(self, process: subprocess.Popen[bytes]) -> None:
+        # A consistent read is answered only by a leader that has replayed its log; before that, a restarted
+        # server shows half-empty lists. It is critical to itself until its own registration went through.
+        headers = {} if self.token is None else {"X-Consul-Token": self.token}
+        deadline = time.monotonic() + _START_SECONDS
+        with httpx.Client(base_url=self.url, headers=headers, timeout=2.0, trust_env=False) as client:
+            while time.monotonic() < deadline:
+                if process.poll() is not None:
+                    self.kill()
+                    raise ConsulStartError(f"Consul ended while starting:\n{self.log_tail()}")
+                try:
+                    answer = client.get("/v1/health/service/consul?passing&consistent")
+                    if answer.is_success and answer.json():
+                        return
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.03)
+        self.kill()
+        raise ConsulStartError(f"Consul did not lead within {_START_SECONDS:.0f} s:\n{self.log_tail()}")
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is None:
+            raise RuntimeError("the agent is not running")
+        self._process.send_signal(number)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is None:
+            return
+        self._process.send_signal(number)
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        self._tell_guard(0)
+
+    def _tell_guard(self, pid: int) -> None:
+        assert self._guard.stdin is not None
+        self._guard.stdin.write(f"{pid}\n")
+        self._guard.stdin.flush()
+
+
+@contextmanager
+def running_agent(
+    *, http_port: int | None = None, acl: bool = False, binary: Path | None = None
+) -> Iterator[ConsulAgent]:
+    """A Consul agent that leads, with its UI, on loopback only; gone with its data when the context ends.
+
+    It is gone too when this process is interrupted, terminated or killed. `http_port` None takes a free port;
+    `acl` denies by default and puts a bootstrap token on the agent; `binary` None asks `find_consul`.
+    Blocks for about two seconds, and for minutes the first time on a machine where Consul must be built.
+
+    Raises: ConsulNotFoundError, ConsulStartError.
+    """
+    if http_port is not None and not is_free(http_port, socket.SOCK_STREAM):
+        raise ConsulStartError(
+            f"Port {http_port} is taken by another program: stop it, or choose another port."
+        )
+    binary = binary or find_consul()
+    agent = ConsulAgent(binary, Path(tempfile.mkdtemp(prefix="consul-agent-")), http_port, acl=acl)
+    try:
+        agent.start()
+        yield agent
+    finally:
+        agent.close()
