@@ -1,0 +1,1 @@
+"""The only place that knows Consul: connection, discovery (``resolver``) and presence (``presence``)."""

@@ -1,0 +1,164 @@
+"""One way to Consul: py-consul's endpoints over an httpx client, sync or async, and its errors in our words."""
+
+import ssl
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from consul.base import Consul, HTTPClient, Response
+from consul.exceptions import (
+    ACLDisabled,
+    ACLPermissionDenied,
+    BadRequest,
+    ClientError,
+    ConsulException,
+    NotFound,
+)
+
+from registry.errors import RegistryError, RegistryUnavailableError
+from registry.settings import ConsulSettings
+
+__all__ = ["AsyncConsul", "SyncConsul", "consul_errors"]
+
+Params = Sequence[tuple[str, Any]] | None
+Callback = Callable[[Response], Any]
+
+
+@contextmanager
+def consul_errors(settings: ConsulSettings) -> Iterator[None]:
+    """Turns what py-consul and httpx raise into RegistryUnavailableError (try again) or RegistryError (refused)."""
+    where = f"Consul at {settings.url}"
+    try:
+        yield
+    except (ACLPermissionDenied, ACLDisabled) as error:
+        raise RegistryError(f"{where} denied the request: {error}; pass a token that has this right") from error
+    except (BadRequest, NotFound) as error:
+        raise RegistryError(f"{where} refused the request: {error}") from error
+    except (ClientError, ConsulException) as error:
+        raise RegistryUnavailableError(f"{where} answered with an error: {error}") from error
+    except httpx.TransportError as error:
+        what = str(error) or type(error).__name__
+        raise RegistryUnavailableError(f"{where} can't be reached: {what}; is it running?") from error
+    except httpx.DecodingError as error:
+        raise RegistryUnavailableError(f"{where} sent a broken answer: {error}") from error
+
+
+class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
+    """What the sync and the async client share: how a request is built and how an answer is read."""
+
+    def __init__(self, settings: ConsulSettings) -> None:
+        super().__init__(settings.host, settings.port, settings.scheme)
+        self.base_uri = settings.url
+        self.settings = settings
+
+    def options(self) -> dict[str, Any]:
+        https = self.settings.scheme == "https"
+        return {
+            "verify": ssl.create_default_context(cafile=self.settings.ca_file) if https else False,
+            "timeout": self.settings.timeout,
+            "trust_env": False,  # a proxy for the outside world is none for the agent beside us
+        }
+
+    def request(self, method: str, path: str, params: Params, data: str | bytes = "") -> dict[str, Any]:
+        query = list(params or ())
+        if self.settings.consistency != "default" and path.startswith("/v1/health/"):
+            query.append((self.settings.consistency, "1"))
+        # Set here, for every endpoint: py-consul forgets it on some, and prefers its environment over its argument.
+        token = self.settings.read_token()
+        headers = {"X-Consul-Token": token} if token else {}
+        timeout = httpx.Timeout(self.settings.timeout)
+        wait = dict(query).get("wait")
+        if wait:
+            # "a small random amount of additional wait time is added ... up to wait / 16"
+            # Source: https://developer.hashicorp.com/consul/api-docs/features/blocking
+            timeout.read = self.settings.timeout + float(wait.removesuffix("s")) * 17 / 16
+        return {
+            "method": method,
+            "url": self.uri(path, query),
+            "content": data.encode() if isinstance(data, str) else data,
+            "headers": headers,
+            "timeout": timeout,
+        }
+
+    def answer(self, callback: Callback, answer: httpx.Response) -> Any:
+        path = answer.request.url.path
+        if path.startswith("/v1/health/service/") and answer.text.strip() == "[]":
+            # A token without rights gets an empty list and 200, just as a service without instances does.
+            filtered = answer.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true"
+            denied = answer.headers.get("X-Consul-Default-ACL-Policy") == "deny"
+            if filtered or (denied and "X-Consul-Token" not in answer.request.headers):
+                raise ACLPermissionDenied("reading a service needs service:read and node:read")
+        return callback(Response(answer.status_code, answer.headers, answer.text))
+
+
+class _SyncRequests(_Requests):
+    def __init__(self, settings: ConsulSettings) -> None:
+        super().__init__(settings)
+        self.client = httpx.Client(**self.options())
+
+    def send(self, callback: Callback, **request: Any) -> Any:
+        return self.answer(callback, self.client.request(**request))
+
+    def get(self, callback: Callback, path: str, params: Params = None, headers: Any = None, raw: bool = False) -> Any:
+        return self.send(callback, **self.request("GET", path, params))
+
+    def put(
+        self,
+        callback: Callback,
+        path: str,
+        params: Params = None,
+        data: str | bytes = "",
+        headers: Any = None,
+    ) -> Any:
+        return self.send(callback, **self.request("PUT", path, params, data))
+
+    def delete(
+        self,
+        callback: Callback,
+        path: str,
+        params: Params = None,
+        data: str | bytes = "",
+        headers: Any = None,
+    ) -> Any:
+        return self.send(callback, **self.request("DELETE", path, params, data))
+
+    def post(self, callback: Callback, path: str, params: Params = None, data: str = "", headers: Any = None) -> Any:
+        return self.send(callback, **self.request("POST", path, params, data))
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class _AsyncRequests(_SyncRequests):
+    """The same verbs; each returns an awaitable instead of its result."""
+
+    def __init__(self, settings: ConsulSettings) -> None:
+        _Requests.__init__(self, settings)
+        # A parked watch holds its connection: a pool limit would starve every call behind it.
+        self.async_client = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), **self.options())
+
+    async def send(self, callback: Callback, **request: Any) -> Any:
+        return self.answer(callback, await self.async_client.request(**request))
+
+    def close(self) -> Any:
+        return self.async_client.aclose()
+
+
+class SyncConsul(Consul):  # type: ignore[misc]  # py-consul has no types
+    """py-consul over ``httpx.Client``: every call blocks. Thread-safe."""
+
+    requests: type[_SyncRequests] = _SyncRequests
+
+    def __init__(self, settings: ConsulSettings) -> None:
+        self.settings = settings
+        super().__init__()
+
+    def http_connect(self, *_: Any, **__: Any) -> _SyncRequests:
+        return self.requests(self.settings)
+
+
+class AsyncConsul(SyncConsul):
+    """py-consul over ``httpx.AsyncClient``: every call returns an awaitable."""
+
+    requests = _AsyncRequests

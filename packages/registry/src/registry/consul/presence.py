@@ -1,0 +1,186 @@
+"""Presence: this instance is in Consul exactly as long as it can answer."""
+
+import asyncio
+import contextvars
+import dataclasses
+import logging
+import multiprocessing
+import random
+import socket
+from urllib.parse import quote
+
+import httpx
+from consul.callback import CB
+
+from registry.consul.connection import AsyncConsul, consul_errors
+from registry.consul.health import parse_local_health
+from registry.consul.registration import Registration
+from registry.errors import RegistryError
+from registry.retry import Backoff
+from registry.settings import ConsulSettings, ServiceSettings
+
+__all__ = ["Registrar"]
+
+logger = logging.getLogger("registry")
+
+WAIT = 60
+"""Seconds that the agent parks the question whether it still knows us; it answers at once when it forgets."""
+WITHDRAW_TIMEOUT = 2.0
+"""Seconds that a dead Consul may delay an exit."""
+PROBE_TIMEOUT = 1.0
+REJOIN_JITTER = 0.5
+"""Seconds: a restarted agent must not be met by all its services in the same instant."""
+
+
+class Registrar:
+    """Keeps one instance registered from ``start`` to ``withdraw``. Belongs to one event loop.
+
+    It registers once the advertised address answers ``/health?instance=<id>`` with 200, as passing, so that callers
+    find it at once; registers again when the agent forgot it; and tries for ever while Consul is away. Several
+    processes may do so for the same instance (uvicorn's workers).
+    """
+
+    def __init__(self, service: ServiceSettings, consul: ConsulSettings | None = None) -> None:
+        self._service = service
+        self._settings = consul or ConsulSettings()
+        self._consul = AsyncConsul(self._settings)
+        self._probe = httpx.AsyncClient(timeout=PROBE_TIMEOUT, trust_env=False)
+        self._task: asyncio.Task[None] | None = None
+        # Held while the registration is written: a withdrawal must not be overtaken by it.
+        self._writing = asyncio.Lock()
+        self._backoff = Backoff(base=0.2, cap=2.0)
+        self.registration: Registration | None = None
+        """What is written to Consul; None until the own address is known."""
+
+    @property
+    def instance_id(self) -> str | None:
+        """The own id; None until the own address is known."""
+        return self.registration.id if self.registration else None
+
+    def start(self) -> None:
+        """Begins in the background; never blocks and never fails."""
+        self._task = asyncio.get_running_loop().create_task(
+            self._run(), name=f"registrar {self._service.name}", context=contextvars.Context()
+        )
+
+    async def withdraw(self) -> None:
+        """Takes this instance out of Consul: no caller finds it from now on. At most 2 s, raises nothing."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        try:
+            async with asyncio.timeout(WITHDRAW_TIMEOUT), self._writing:
+                task.cancel()
+                if self.registration is not None:
+                    with consul_errors(self._settings):
+                        await self._consul.agent.service.deregister(self.registration.id)
+                    logger.info("deregistered", extra={"instance": self.registration.id})
+        except (TimeoutError, RegistryError) as error:
+            logger.warning(
+                "could not deregister: Consul will notice by its checks",
+                extra={"instance": self.instance_id, "error": repr(error)},
+            )
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def answers(self) -> bool:
+        """Whether the advertised address answers as this instance right now. At most 1 s."""
+        if self.registration is None:
+            return False
+        path = self.registration.health_check_path
+        try:
+            response = await self._probe.get(f"http://{self.registration.instance.netloc}{path}")
+        except httpx.TransportError:
+            return False
+        return response.status_code == httpx.codes.OK
+
+    async def aclose(self) -> None:
+        """Withdraws, unless a sibling process still serves this instance, and closes the connections."""
+        task = self._task
+        if task is not None and multiprocessing.parent_process() is not None and await self.answers():
+            self._task = None
+            task.cancel()
+            await asyncio.wait({task})
+        await self.withdraw()
+        await self._probe.aclose()
+        await self._consul.http.close()
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                registration = self.registration = self.registration or await self._describe()
+                await self._until_answering(registration)
+                async with self._writing:
+                    await self._register(registration)
+                failures = 0
+                await self._until_forgotten(registration.id)
+                logger.warning("consul forgot this instance: registering again", extra={"instance": self.instance_id})
+                await asyncio.sleep(random.uniform(0, REJOIN_JITTER))
+            except Exception as error:
+                # Consul may be away for hours: the service runs on, and this task dies only by cancellation.
+                failures += 1
+                log = logger.warning if failures == 1 else logger.debug
+                log(
+                    "registration interrupted: trying on",
+                    extra={"instance": self.instance_id, "error": str(error)},
+                )
+                await asyncio.sleep(self._backoff.delay(failures))
+
+    async def _describe(self) -> Registration:
+        address = self._service.address or await _address_towards(self._settings.host, self._settings.port)
+        registration = Registration(
+            name=self._service.name,
+            address=address,
+            port=self._service.port,
+            tags=self._service.tags,
+            meta=self._service.meta,
+            weight=self._service.weight,
+            health_check_interval=f"{self._service.health_check_interval:g}s",
+            # A hung health endpoint blocks the whole agent for this long.
+            health_check_timeout="2s",
+        )
+        # The check names the instance: a newcomer on a reused address must not keep a ghost alive.
+        path = f"{registration.health_check_path}?instance={quote(registration.id)}"
+        return dataclasses.replace(registration, health_check_path=path)
+
+    async def _until_answering(self, registration: Registration) -> None:
+        tries = 0
+        while not await self.answers():
+            tries += 1
+            if tries == 50:
+                logger.warning(
+                    "the advertised address does not answer: is uvicorn's --port SERVICE_PORT, its --host reachable, "
+                    "and the health router included?",
+                    extra={"instance": registration.id, "address": registration.instance.netloc},
+                )
+            await asyncio.sleep(min(0.05 * 1.1**tries, 1.0))
+
+    async def _register(self, registration: Registration) -> None:
+        with consul_errors(self._settings):
+            known = await self._consul.http.get(parse_local_health, f"/v1/agent/health/service/id/{registration.id}")
+            if known is not None and known.status != "passing":
+                # "Status: passing" is ignored for a check that exists: left critical, it would stay so for a while.
+                await self._consul.agent.service.deregister(registration.id)
+            await self._consul.agent.service.register(**registration.arguments(passing=True))
+        logger.info("registered", extra={"instance": registration.id, "address": registration.instance.netloc})
+
+    async def _until_forgotten(self, service_id: str) -> None:
+        """Parks at the agent until it no longer knows the id. Raises as soon as the agent can't be asked."""
+        params: list[tuple[str, str]] = []
+        while True:
+            with consul_errors(self._settings):
+                known = await self._consul.http.get(CB.json(), f"/v1/agent/service/{service_id}", params)
+            if known is None:
+                return
+            params = [("hash", known["ContentHash"]), ("wait", f"{WAIT}s")]
+
+
+async def _address_towards(host: str, port: int) -> str:
+    """The address that this host uses to reach another one; sends nothing. Raises: OSError, if it has no address."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])

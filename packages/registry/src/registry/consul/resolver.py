@@ -1,0 +1,106 @@
+"""A live view of who is there: one blocking query per (service, tag), read from memory."""
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Sequence
+
+from registry.consul.connection import AsyncConsul
+from registry.consul.watch import Watch
+from registry.errors import RegistryUnavailableError
+from registry.model import Snapshot
+from registry.settings import ConsulSettings
+from registry.validation import check_service, check_tag
+
+__all__ = ["ConsulResolver"]
+
+
+class ConsulResolver:
+    """Watches each service that was asked for, and answers from memory. Belongs to one event loop at a time.
+
+    The first question about a service waits for Consul's answer, at most ``first_answer_timeout`` seconds; later ones
+    never wait. Names in ``upstreams`` are watched from ``start`` on and for ever; any other watch ends after
+    ``idle_timeout`` seconds without a question, and the least recently asked one ends when there are ``max_watches``.
+    """
+
+    def __init__(
+        self,
+        settings: ConsulSettings | None = None,
+        *,
+        upstreams: Sequence[str] = (),
+        first_answer_timeout: float = 2.0,
+        idle_timeout: float = 300.0,
+        max_watches: int = 100,
+    ) -> None:
+        self.settings = settings or ConsulSettings()
+        self._upstreams = frozenset(check_service(name) for name in upstreams)
+        self._first_answer_timeout = first_answer_timeout
+        self._idle_timeout = idle_timeout
+        self._max_watches = max_watches
+        self._consul: AsyncConsul | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._watches: dict[tuple[str, str | None], Watch] = {}
+
+    def resolve(self, service: str, tag: str | None = None) -> Snapshot | None:
+        watch = self._watches.get((service, tag))
+        if watch is None or watch.task.done():
+            return None
+        watch.asked_at = time.monotonic()
+        return watch.passing()
+
+    async def ready(self, service: str, tag: str | None = None) -> None:
+        watch = self._watch(service, tag)
+        try:
+            async with asyncio.timeout(self._first_answer_timeout):
+                await watch.answered.wait()
+        except TimeoutError:
+            raise RegistryUnavailableError(
+                f"Consul at {self.settings.url} did not say within {self._first_answer_timeout} s who runs '{service}'"
+            ) from None
+
+    async def start(self) -> None:
+        """Begins to watch the declared upstreams and waits until each has an answer or an error."""
+        for service in self._upstreams:
+            self._watch(service, None)
+        await asyncio.gather(*(self.ready(service) for service in self._upstreams), return_exceptions=True)
+
+    async def aclose(self) -> None:
+        tasks = [watch.task for watch in self._watches.values()]
+        self._watches.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._consul is not None:
+            await self._consul.http.close()
+            self._consul = None
+
+    def _watch(self, service: str, tag: str | None) -> Watch:
+        loop = asyncio.get_running_loop()
+        if self._consul is None or self._loop is not loop:
+            # A connection and a task live and die with their loop.
+            self._loop, self._consul, self._watches = loop, AsyncConsul(self.settings), {}
+        key = (service, tag)
+        if key not in self._watches:
+            check_service(service)
+            if tag is not None:
+                check_tag(tag)
+            self._make_room()
+            watch = self._watches[key] = Watch(self._consul, service, tag)
+            # An empty context: the watch must not carry the first caller's trace or request for ever.
+            watch.task = loop.create_task(
+                self._run(key, watch), name=f"registry watch {service}", context=contextvars.Context()
+            )
+        return self._watches[key]
+
+    async def _run(self, key: tuple[str, str | None], watch: Watch) -> None:
+        while key[0] in self._upstreams or time.monotonic() - watch.asked_at < self._idle_timeout:
+            await watch.step()
+        del self._watches[key]
+
+    def _make_room(self) -> None:
+        removable = [key for key in self._watches if key[0] not in self._upstreams]
+        if len(removable) < self._max_watches:
+            return
+        # A name that nobody runs goes before one that somebody runs.
+        oldest = min(removable, key=lambda key: (bool(self._watches[key].snapshot), self._watches[key].asked_at))
+        self._watches.pop(oldest).task.cancel()

@@ -1,0 +1,50 @@
+"""Everything this package raises on purpose.
+
+::
+
+    RegistryError
+    ├── InvalidInputError (ValueError)            a name, path, port or tag that can't be right: nothing was sent
+    ├── RegistryUnavailableError                  Consul can't be asked, and nothing is known from before
+    └── ServiceNotFoundError (ValueError)         Consul answered: no such service
+        └── NoHealthyInstanceError                the service is known, but none of its instances is usable
+
+A call that reached an instance and failed there raises httpx's own errors: ``httpx.HTTPStatusError`` for an
+answer, ``httpx.TransportError`` for a connection, both with one note per attempt (``error.__notes__``).
+"""
+
+__all__ = [
+    "InvalidInputError",
+    "NoHealthyInstanceError",
+    "RegistryError",
+    "RegistryUnavailableError",
+    "ServiceNotFoundError",
+]
+
+
+class RegistryError(Exception):
+    """The base of every error that this package raises; raised itself when Consul refuses a request."""
+
+
+class InvalidInputError(RegistryError, ValueError):
+    """An argument can't be right; nothing has been sent. The message says what to pass instead."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """Consul can't be asked, and nothing is known from before. Never means that a service does not exist."""
+
+
+class ServiceNotFoundError(RegistryError, ValueError):
+    """Consul answered, and knows no such service."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__(f"Service '{service}' not found in registry")
+        self.service = service
+
+
+class NoHealthyInstanceError(ServiceNotFoundError):
+    """The service is registered, but none of its instances passes its checks."""
+
+    def __init__(self, service: str, known: int) -> None:
+        super().__init__(service)
+        self.args = (f"Service '{service}' has no healthy instance ({known} registered)",)
+        self.known = known

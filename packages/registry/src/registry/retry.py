@@ -1,0 +1,137 @@
+"""Whether and when a failed attempt is followed by another: a decision table, a delay and a budget. No I/O."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from enum import Enum
+
+import httpx
+import tenacity
+
+__all__ = ["Backoff", "Failure", "RetryBudget", "RetryPolicy", "classify", "is_idempotent", "retry_after"]
+
+# RFC 9110, 9.2.2: "Of the request methods defined by this specification, PUT, DELETE, and safe request methods are
+# idempotent." Source: https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
+IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+
+
+class Failure(Enum):
+    """How far a failed attempt came."""
+
+    NOT_SENT = "not sent"
+    """No connection: the instance can't have seen the request."""
+    SENT = "sent"
+    """The request may have been seen, and may have had its effect."""
+    REFUSED = "refused"
+    """The caller's own fault, or nothing that another instance would answer differently."""
+
+
+def classify(outcome: httpx.Response | Exception) -> Failure | None:
+    """How far the attempt came; None: it succeeded."""
+    if isinstance(outcome, httpx.Response):
+        return Failure.SENT if outcome.status_code >= 500 else None
+    if isinstance(outcome, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)):
+        return Failure.NOT_SENT
+    if isinstance(outcome, (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)):
+        return Failure.SENT
+    return Failure.REFUSED
+
+
+def is_idempotent(request: httpx.Request) -> bool:
+    """Whether the request may be sent twice: by its method, its ``Idempotency-Key`` or the caller's own word."""
+    stated = request.extensions.get("idempotent")
+    if stated is not None:
+        return bool(stated)
+    return request.method in IDEMPOTENT_METHODS or "Idempotency-Key" in request.headers
+
+
+class Backoff:
+    """Full-jitter exponential delays: uniform between 0 and ``base`` × 2 ** (attempt - 1), at most ``cap`` seconds.
+
+    Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+
+    def __init__(self, base: float, cap: float) -> None:
+        self._wait = tenacity.wait_random_exponential(multiplier=base, max=cap)
+
+    def delay(self, attempt: int) -> float:
+        """Seconds to wait after the ``attempt``-th failure (1-based)."""
+        state = tenacity.RetryCallState(retry_object=tenacity.Retrying(), fn=None, args=(), kwargs={})
+        state.attempt_number = attempt
+        return self._wait(state)
+
+
+@dataclass
+class RetryBudget:
+    """Retries are at most ``ratio`` of the calls plus ``per_second``: an outage is not multiplied. A token bucket.
+
+    Source: https://github.com/twitter/finagle/blob/develop/finagle-core/src/main/scala/com/twitter/finagle/service/RetryBudget.scala
+    """
+
+    ratio: float = 0.2
+    per_second: float = 10.0
+    clock: Callable[[], float] = time.monotonic
+    _balance: float = field(init=False)
+    _updated: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._balance = self.per_second
+        self._updated = self.clock()
+
+    def deposit(self) -> None:
+        """A call begins."""
+        self._balance += self.ratio
+
+    def withdraw(self) -> bool:
+        """Whether a retry may go ahead now; if so, it is paid for."""
+        now = self.clock()
+        # Ten seconds' worth is the most that a quiet time may save up.
+        limit = 10 * self.per_second
+        self._balance = min(limit, self._balance + (now - self._updated) * self.per_second)
+        self._updated = now
+        if self._balance < 1:
+            return False
+        self._balance -= 1
+        return True
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """``max_retries`` attempts in total; delays grow from ``retry_delay`` seconds to ``max_delay``."""
+
+    max_retries: int = 3
+    retry_delay: float = 1.0
+    max_delay: float = 10.0
+
+    def allows(self, failure: Failure, *, idempotent: bool, replayable: bool) -> bool:
+        """Whether this failure may be followed by another attempt at all.
+
+        =========  ===========================  ==================================
+        failure    idempotent                   not idempotent
+        =========  ===========================  ==================================
+        not sent   if the body can be replayed  if the body can be replayed
+        sent       if the body can be replayed  never
+        refused    never                        never
+        =========  ===========================  ==================================
+        """
+        if failure is Failure.REFUSED or not replayable:
+            return False
+        return failure is Failure.NOT_SENT or idempotent
+
+    def delay(self, attempt: int, retry_after: float | None = None) -> float:
+        """Seconds to wait before the next attempt once every instance was tried; ``Retry-After`` is a lower bound."""
+        return max(Backoff(self.retry_delay, self.max_delay).delay(attempt), retry_after or 0.0)
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Seconds that the answer asks to wait, None if it does not. Source: RFC 9110, 10.2.3."""
+    value = response.headers.get("Retry-After")
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,167 @@
+"""The synchronous control plane: register, deregister and query. For calls between services use the client."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from registry.consul.connection import SyncConsul, consul_errors
+from registry.consul.health import parse_entries, parse_local_health
+from registry.consul.registration import Registration
+from registry.consul.resolver import ConsulResolver
+from registry.errors import InvalidInputError, RegistryError
+from registry.model import Instance, ServiceHealth
+from registry.settings import ConsulSettings
+from registry.validation import check_id, check_service, check_tag
+
+__all__ = ["ServiceRegistry"]
+
+
+class ServiceRegistry:
+    """Registers, deregisters and finds services on one Consul agent. Every method blocks; safe to share by threads.
+
+    All methods but ``is_healthy`` raise RegistryUnavailableError when Consul can't be asked (never "not found"),
+    RegistryError when it refuses (a token without the right, say), and InvalidInputError before anything is sent.
+    """
+
+    def __init__(
+        self,
+        host: str = "localhost",
+        port: int = 8500,
+        token: str | None = None,
+        scheme: Literal["http", "https"] = "http",
+        consistency: Literal["default", "consistent", "stale"] = "default",
+        *,
+        ca_file: str | Path | None = None,
+        timeout: float = 5.0,
+        settings: ConsulSettings | None = None,
+    ) -> None:
+        """Uses these arguments and no environment variable; ``settings=ConsulSettings()`` uses the environment.
+
+        ``timeout``: seconds that one request may take. Sends nothing yet.
+        """
+        self.settings = settings or ConsulSettings.model_validate(
+            {
+                "host": host,
+                "port": port,
+                "token": token,
+                "token_file": None,
+                "scheme": scheme,
+                "consistency": consistency,
+                "ca_file": ca_file,
+                "timeout": timeout,
+            }
+        )
+        self._consul = SyncConsul(self.settings)
+
+    def __repr__(self) -> str:
+        return f"ServiceRegistry({self.settings.url!r})"
+
+    def register_service(
+        self,
+        name: str,
+        address: str,
+        port: int,
+        service_id: str | None = None,
+        tags: Sequence[str] | None = None,
+        meta: dict[str, str] | None = None,
+        health_check_interval: str = "10s",
+        health_check_timeout: str = "5s",
+        health_check_path: str = "/health",
+        deregister_critical_service_after: str | None = "1m",
+    ) -> str:
+        """Registers an instance with an HTTP check, and returns its id, by default ``"{name}-{address}-{port}"``.
+
+        The instance is critical until its first check, which Consul runs within one interval, and critical again on
+        exactly the third failure in a row (the very first check decides alone). From then on it is not discovered.
+        Consul removes it from the catalog later: ``deregister_critical_service_after`` counts from the first failed
+        check, is never less than one minute whatever it says, and is acted on every 30 s; None: never.
+        Intervals are Consul durations, such as ``"10s"``.
+        A service that runs registry.fastapi registers itself, as passing: don't register it here too.
+
+        Source: https://developer.hashicorp.com/consul/api-docs/agent/check#register-check
+        """
+        registration = Registration(
+            name=name,
+            address=address,
+            port=port,
+            service_id=service_id,
+            tags=tuple(tags or ()),
+            meta=meta or {},
+            health_check_interval=health_check_interval,
+            health_check_timeout=health_check_timeout,
+            health_check_path=health_check_path,
+            deregister_critical_service_after=deregister_critical_service_after,
+        )
+        with consul_errors(self.settings):
+            self._consul.agent.service.register(**registration.arguments(passing=False))
+        return registration.id
+
+    def deregister_service(self, service_id: str) -> bool:
+        """True: gone from this agent. False: this agent knew no such id."""
+        check_id(service_id)
+        with consul_errors(self.settings):
+            return bool(self._consul.agent.service.deregister(service_id))
+
+    def discover_service(self, name: str, tag: str | None = None, passing: bool = True) -> list[Instance]:
+        """The service's instances, sorted by id; empty when there are none. ``passing=False``: also unhealthy ones."""
+        check_service(name)
+        if tag is not None:
+            check_tag(tag)
+        with consul_errors(self.settings):
+            _, entries = self._consul.health.service(name, passing=passing, tag=tag)
+            return list(parse_entries(entries))
+
+    def discover_all_services(self) -> dict[str, list[str]]:
+        """Every service name that the token may read, with all tags of its instances; includes ``consul`` itself."""
+        with consul_errors(self.settings):
+            services: dict[str, list[str]] = self._consul.catalog.services()[1]
+            return services
+
+    def get_service_url(
+        self, name: str, tag: str | None = None, load_balance: bool = True, scheme: str = "http"
+    ) -> str | None:
+        """``scheme://host:port`` of a healthy instance, None when there is none.
+
+        ``load_balance``: a random instance; False: always the first by id.
+        """
+        if scheme not in {"http", "https"}:
+            raise InvalidInputError(f"{scheme!r} is not a scheme: pass 'http' or 'https'")
+        instances = self.discover_service(name, tag)
+        if not instances:
+            return None
+        instance = random.choice(instances) if load_balance else instances[0]
+        return f"{scheme}://{instance.netloc}"
+
+    def get_service_health(self, service_id: str) -> ServiceHealth | None:
+        """What this agent's checks say of one of its own instances; None: this agent knows no such id."""
+        check_id(service_id)
+        with consul_errors(self.settings):
+            path = f"/v1/agent/health/service/id/{service_id}"
+            health: ServiceHealth | None = self._consul.http.get(parse_local_health, path)
+            return health
+
+    def is_healthy(self) -> bool:
+        """Whether Consul answers and its cluster has a leader. Raises nothing."""
+        try:
+            with consul_errors(self.settings):
+                return bool(self._consul.status.leader())
+        except RegistryError:
+            return False
+
+    def resolver(self) -> ConsulResolver:
+        """A live view of the same Consul, for a client. Sends nothing yet."""
+        return ConsulResolver(self.settings)
+
+    def close(self) -> None:
+        """Closes the connections to Consul; deregisters nothing."""
+        self._consul.http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

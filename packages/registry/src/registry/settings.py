@@ -1,0 +1,174 @@
+"""The environment: ``CONSUL_*`` says where the registry is, ``SERVICE_*`` says who this service is.
+
+Consul's own variables keep the meaning that its command line gives them.
+Source: https://developer.hashicorp.com/consul/commands#environment-variables
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from registry.errors import InvalidInputError
+from registry.validation import check_address, check_meta, check_port, check_service, check_tag
+
+__all__ = ["ConsulSettings", "ServiceSettings"]
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+_CONSUL_VARIABLES = {
+    "CONSUL_HOST": "host",
+    "CONSUL_PORT": "port",
+    "CONSUL_HTTP_TOKEN": "token",
+    "CONSUL_HTTP_TOKEN_FILE": "token_file",
+    "CONSUL_CACERT": "ca_file",
+}
+
+
+def _blank_is_unset(value: object) -> object:
+    return None if value == "" else value
+
+
+class _ConsulEnvironment(PydanticBaseSettingsSource):
+    """Consul's variables, folded into host, port and scheme; ``CONSUL_HTTP_ADDR`` wins over host and port."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError  # every field is filled at once, in __call__
+
+    def __call__(self) -> dict[str, Any]:
+        found = {field: os.environ[name] for name, field in _CONSUL_VARIABLES.items() if os.environ.get(name)}
+        if os.environ.get("CONSUL_HTTP_SSL", "").lower() in {"1", "true"}:
+            found["scheme"] = "https"
+        address = os.environ.get("CONSUL_HTTP_ADDR")
+        if not address:
+            return found
+        url = urlsplit(address if "://" in address else f"//{address}")
+        try:
+            port = url.port or 8500
+        except ValueError:
+            port = 0
+        if (
+            url.scheme not in {"", "http", "https"}
+            or not (url.hostname and port)
+            or url.path.strip("/")
+            or url.username
+        ):
+            raise InvalidInputError("CONSUL_HTTP_ADDR: set it to host:port, http://host:port or https://host:port")
+        return {"scheme": url.scheme or "http"} | found | {"host": url.hostname, "port": port}
+
+
+class ConsulSettings(BaseSettings):
+    """How to reach Consul. Arguments win over the environment.
+
+    Raises: pydantic.ValidationError or InvalidInputError (both ValueError), when an argument or a variable can't be
+    right; the message never shows the token.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, hide_input_in_errors=True)
+
+    host: str = "localhost"
+    port: int = 8500
+    scheme: Literal["http", "https"] = "http"
+    token: SecretStr | None = None
+    token_file: Path | None = None
+    ca_file: Path | None = None
+    consistency: Literal["default", "consistent", "stale"] = "default"
+    timeout: float = Field(default=5.0, gt=0)
+    """Seconds that one ordinary request to Consul may take."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _ConsulEnvironment(settings_cls)
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, host: str) -> str:
+        return check_address(host)
+
+    @field_validator("port")
+    @classmethod
+    def _port(cls, port: int) -> int:
+        return check_port(port)
+
+    @property
+    def url(self) -> str:
+        """``scheme://host:port``."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+    def read_token(self) -> str | None:
+        """The ACL token, read anew from its file at each call, so that a rotated token is picked up. Blocks briefly.
+
+        Raises: InvalidInputError, when the file can't be read.
+        """
+        if self.token is not None:
+            return self.token.get_secret_value()
+        if self.token_file is None:
+            return None
+        try:
+            return self.token_file.read_text("utf-8").strip() or None
+        except OSError as error:
+            raise InvalidInputError(
+                f"CONSUL_HTTP_TOKEN_FILE {self.token_file} can't be read ({error.strerror}): mend or unset it"
+            ) from None
+
+
+class ServiceSettings(BaseSettings):
+    """Who this service is. Subclass it in a service and give ``name`` and ``port`` their defaults.
+
+    Raises: pydantic.ValidationError, when a variable can't be right.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SERVICE_", frozen=True, populate_by_name=True)
+
+    name: str
+    port: int
+    """The port that callers reach: the one given to uvicorn's ``--port``."""
+    address: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
+    """Where callers reach this instance; unset: the address that this host uses to reach Consul."""
+    tags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    meta: dict[str, str] = Field(default_factory=dict)
+    weight: int = Field(default=1, ge=1, le=65535)
+    drain_seconds: float = Field(default=1.5, ge=0, le=60)
+    """How long the service goes on serving after it withdrew from Consul on SIGTERM."""
+    health_check_interval: float = Field(default=10.0, ge=0.5)
+    """Seconds between Consul's checks; three failures in a row take the instance out of discovery."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        return check_service(name)
+
+    @field_validator("port")
+    @classmethod
+    def _port(cls, port: int) -> int:
+        return check_port(port)
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, address: str | None) -> str | None:
+        return None if address is None else check_address(address)
+
+    @field_validator("tags")
+    @classmethod
+    def _tags(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_tag(tag) for tag in tags)
+
+    @field_validator("meta")
+    @classmethod
+    def _meta(cls, meta: dict[str, str]) -> dict[str, str]:
+        return check_meta(meta)

@@ -1,0 +1,118 @@
+"""Checks of everything that ends up in a URL or in Consul, made before anything is sent.
+
+A service name becomes a host and a path becomes the rest of a URL: whoever controls one of them must not be able to
+choose another host.
+"""
+
+import ipaddress
+import re
+from urllib.parse import unquote
+
+from registry.errors import InvalidInputError
+
+__all__ = [
+    "check_address",
+    "check_duration",
+    "check_id",
+    "check_meta",
+    "check_path",
+    "check_port",
+    "check_service",
+    "check_tag",
+]
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*", re.IGNORECASE | re.ASCII)
+_TOKEN = re.compile(r"[A-Za-z0-9._:+=@-]{1,253}", re.ASCII)
+_META_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+_DURATION = re.compile(r"(\d+(\.\d+)?(ms|s|m|h))+", re.ASCII)
+_UNSAFE_IN_PATH = re.compile(r"[\x00-\x20\x7f\\#]")
+
+
+def check_service(name: str) -> str:
+    """The name, if it is an RFC 1123 label: letters, digits and inner hyphens, at most 63.
+
+    Raises: InvalidInputError.
+    Source: https://www.rfc-editor.org/rfc/rfc1123#section-2.1
+    """
+    if not isinstance(name, str) or not _LABEL.fullmatch(name):
+        raise InvalidInputError(
+            f"{name!r} is not a service name: use letters, digits and inner hyphens, at most 63, such as 'backend-api'"
+        )
+    return name
+
+
+def check_id(service_id: str) -> str:
+    """The id, if it is safe in a URL: letters, digits and ``. _ : + = @ -``, at most 253. Raises: InvalidInputError."""
+    if not isinstance(service_id, str) or not _TOKEN.fullmatch(service_id) or service_id in {".", ".."}:
+        raise InvalidInputError(
+            f"{service_id!r} is not a service id: use letters, digits and . _ : + = @ -, at most 253 of them"
+        )
+    return service_id
+
+
+def check_tag(tag: str) -> str:
+    """The tag, if it is one printable word without a comma, at most 253. Raises: InvalidInputError."""
+    if not isinstance(tag, str) or not 1 <= len(tag) <= 253 or not tag.isprintable() or re.search(r"[\s,]", tag):
+        raise InvalidInputError(f"{tag!r} is not a tag: use a printable word without spaces or commas")
+    return tag
+
+
+def check_meta(meta: dict[str, str]) -> dict[str, str]:
+    """The metadata, if Consul takes it: 64 pairs, keys of 128 characters, values of 512. Raises: InvalidInputError.
+
+    Source: https://developer.hashicorp.com/consul/api-docs/agent/service#meta
+    """
+    if len(meta) > 64:
+        raise InvalidInputError(f"metadata has {len(meta)} pairs: Consul takes at most 64")
+    for key, value in meta.items():
+        if not isinstance(key, str) or not _META_KEY.fullmatch(key):
+            raise InvalidInputError(f"metadata key {key!r}: use letters, digits, - and _, at most 128 of them")
+        if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > 512:
+            raise InvalidInputError(f"metadata value of {key!r}: pass a string of at most 512 bytes")
+    return meta
+
+
+def check_port(port: int) -> int:
+    """The port, if it is an int from 1 to 65535. Raises: InvalidInputError."""
+    if not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= 65535:
+        raise InvalidInputError(f"{port!r} is not a port: pass a whole number from 1 to 65535")
+    return port
+
+
+def check_address(address: str) -> str:
+    """The address, if other machines could connect to it: an IP address or a host name. Raises: InvalidInputError."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        if not isinstance(address, str) or not _HOST.fullmatch(address):
+            raise InvalidInputError(
+                f"{address!r} is not an address: pass an IP address or a host name, without scheme, port or path"
+            ) from None
+    else:
+        if parsed.is_unspecified:
+            raise InvalidInputError(
+                f"{address!r} is where a server listens, not where it is reached: pass an address callers can use"
+            )
+    return address
+
+
+def check_path(path: str) -> str:
+    """The path, if it can't lead away from the service: one leading ``/``, maybe a query. Raises: InvalidInputError."""
+    if not isinstance(path, str) or not path.startswith("/") or path.startswith("//"):
+        raise InvalidInputError(f"{path!r} is not a path: start it with exactly one '/'; the service name is the host")
+    if _UNSAFE_IN_PATH.search(path):
+        raise InvalidInputError(f"{path!r} holds a space, control character, backslash or '#': percent-encode it")
+    if ".." in path and ".." in unquote(path.partition("?")[0]).split("/"):
+        raise InvalidInputError(f"{path!r} holds a '..' segment: write the path it leads to")
+    return path
+
+
+def check_duration(value: str) -> str:
+    """The duration, if Consul reads it: ``"10s"``, ``"1m30s"``, ``"500ms"``, above zero. Raises: InvalidInputError.
+
+    Source: https://pkg.go.dev/time#ParseDuration
+    """
+    if not isinstance(value, str) or not _DURATION.fullmatch(value) or not re.search(r"[1-9]", value):
+        raise InvalidInputError(f"{value!r} is not a duration: pass a number and a unit, such as '10s' or '1m30s'")
+    return value
