@@ -1,0 +1,147 @@
+"""What can be done with cards. Knows the database, knows no HTTP."""
+
+import hashlib
+from collections.abc import Awaitable, Callable
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.exc import IntegrityError
+
+from backend.clients import Enrichment
+from backend.database import Database
+from backend.models import Card, Publication, utc_now
+from backend.schemas import CardDraft, CardPage, CardPatch, CardView, PublishedCard
+
+
+class CardNotFoundError(Exception):
+    """No card has this id."""
+
+    def __init__(self, card_id: int) -> None:
+        super().__init__(f"Card {card_id} does not exist")
+
+
+class KeyReusedError(Exception):
+    """This Idempotency-Key came with another body before."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"Idempotency-Key '{key}' was used before with a different body: "
+            "send the same body again, or choose a new key"
+        )
+
+
+def _fingerprint(draft: CardDraft) -> str:
+    return hashlib.sha256(draft.model_dump_json().encode()).hexdigest()
+
+
+def _search_text(title: str, text: str, tags: list[str]) -> str:
+    return "\n".join([title, text, *tags]).casefold()
+
+
+def _assign(card: Card, draft: CardDraft) -> None:
+    card.title, card.text, card.tags = draft.title, draft.text, draft.tags
+    card.search_text = _search_text(draft.title, draft.text, draft.tags)
+
+
+class Cards:
+    """The cards of one database. Every method may raise DatabaseUnavailableError."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def publish(
+        self, draft: CardDraft, key: str | None, enrich: Callable[[str], Awaitable[Enrichment | None]]
+    ) -> tuple[PublishedCard, bool]:
+        """Store the card once per key; the flag says that this is the answer given before, replayed.
+
+        ``enrich`` is asked before the card is stored, so that no transaction is open meanwhile and a card is not
+        among its own suggestions. None from it means: none to be had.
+
+        Raises: KeyReusedError, when the key came with another body before.
+        """
+        if key is not None and (before := await self._published(key, draft)):
+            return before, True
+        enrichment = await enrich(f"{draft.title}\n{draft.text}")
+        async with self._database.session() as session:
+            now = utc_now()
+            card = Card(created_at=now, updated_at=now)
+            _assign(card, draft)
+            session.add(card)
+            await session.flush()
+            published = PublishedCard(
+                **CardView.model_validate(card).model_dump(),
+                suggestions=enrichment.suggestions if enrichment else [],
+                enriched=bool(enrichment and enrichment.complete),
+            )
+            if key is not None:
+                answer = published.model_dump(mode="json")
+                session.add(Publication(key=key, fingerprint=_fingerprint(draft), answer=answer))
+            try:
+                await session.commit()
+            except IntegrityError:
+                await session.rollback()
+                # Only the key can clash: another request with it was first, perhaps on another replica.
+                if key is None or not (before := await self._published(key, draft)):
+                    raise
+                return before, True
+        return published, False
+
+    async def _published(self, key: str, draft: CardDraft) -> PublishedCard | None:
+        async with self._database.session() as session:
+            publication = await session.get(Publication, key)
+        if publication is None:
+            return None
+        if publication.fingerprint != _fingerprint(draft):
+            raise KeyReusedError(key)
+        return PublishedCard.model_validate(publication.answer)
+
+    async def read(self, card_id: int) -> CardView:
+        """Raises: CardNotFoundError."""
+        async with self._database.session() as session:
+            card = await session.get(Card, card_id)
+        if card is None:
+            raise CardNotFoundError(card_id)
+        return CardView.model_validate(card)
+
+    async def replace(self, card_id: int, draft: CardDraft) -> CardView:
+        """Raises: CardNotFoundError; a PUT creates no card."""
+        return await self._change(card_id, draft)
+
+    async def change(self, card_id: int, patch: CardPatch) -> CardView:
+        """Change the fields that were sent, and only those.
+
+        Raises: CardNotFoundError.
+        """
+        return await self._change(card_id, patch)
+
+    async def _change(self, card_id: int, change: CardDraft | CardPatch) -> CardView:
+        async with self._database.session() as session:
+            # Writing before reading locks the row (in SQLite: the file) until the commit, so two changes that cross
+            # can't lose a field.
+            if not await session.scalar(
+                update(Card).where(Card.id == card_id).values(updated_at=utc_now()).returning(Card.id)
+            ):
+                raise CardNotFoundError(card_id)
+            card = await session.get_one(Card, card_id)
+            before = CardDraft.model_construct(title=card.title, text=card.text, tags=card.tags)
+            whole = isinstance(change, CardDraft)
+            _assign(card, before.model_copy(update=change.model_dump(exclude_unset=not whole)))
+            await session.commit()
+            return CardView.model_validate(card)
+
+    async def delete(self, card_id: int) -> None:
+        """Raises: CardNotFoundError."""
+        async with self._database.session() as session:
+            if not await session.scalar(delete(Card).where(Card.id == card_id).returning(Card.id)):
+                raise CardNotFoundError(card_id)
+            await session.commit()
+
+    async def search(self, q: str, limit: int, offset: int) -> CardPage:
+        """Cards that contain ``q`` in title, text or a tag, ignoring case; newest first. Wildcards are plain text."""
+        matches = Card.search_text.contains(q.casefold(), autoescape=True)
+        page = select(Card).where(matches).order_by(Card.id.desc()).limit(limit).offset(offset)
+        async with self._database.session() as session:
+            total = await session.scalar(select(func.count()).select_from(Card).where(matches)) or 0
+            cards = (await session.scalars(page)).all()
+        return CardPage(
+            items=[CardView.model_validate(card) for card in cards], total=total, limit=limit, offset=offset
+        )

@@ -1,0 +1,108 @@
+"""One engine per process; every database failure leaves as ``DatabaseUnavailableError``."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from sqlalchemy import URL, make_url, text
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from backend.models import Base
+
+_log = logging.getLogger("backend")
+_ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
+# asyncpg raises the operating system's errors and time-outs as they are, all of them OSError.
+_FAILURES = (DBAPIError, PoolTimeoutError, OSError)
+
+
+class DatabaseUnavailableError(Exception):
+    """The database can't be reached, or did not answer in time. Nothing was committed, as far as is known."""
+
+
+def _with_driver(url: str) -> URL:
+    parsed = make_url(url)
+    return parsed.set(drivername=_ASYNC_DRIVERS.get(parsed.drivername, parsed.drivername))
+
+
+def _connect_args(url: URL, timeout: float) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": timeout}  # how long to wait for another process's write lock
+    if url.get_driver_name() == "asyncpg":
+        return {"timeout": timeout, "command_timeout": timeout}
+    return {}
+
+
+class Database:
+    """The tables of backend-api behind a connection pool; several processes may share one database or SQLite file."""
+
+    def __init__(self, url: str, timeout: float = 5.0, start_seconds: float = 15.0) -> None:
+        parsed = _with_driver(url)
+        self._timeout = timeout
+        self._start_seconds = start_seconds
+        self._engine = create_async_engine(
+            parsed, connect_args=_connect_args(parsed, timeout), pool_timeout=timeout, pool_pre_ping=True
+        )
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+
+    async def create_tables(self) -> None:
+        """Create what is missing; tried again while the database starts, or while another replica does the same.
+
+        Raises: DatabaseUnavailableError, when it still fails after ``start_seconds``.
+        """
+        deadline = asyncio.get_running_loop().time() + self._start_seconds
+        delay = 0.05
+        while True:
+            try:
+                return await self._create_tables()
+            except _FAILURES as error:
+                if asyncio.get_running_loop().time() + delay > deadline:
+                    raise DatabaseUnavailableError(f"The database can't be set up: {error}") from error
+                _log.warning("database not ready, trying again", extra={"error": str(error), "seconds": delay})
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 1.0)
+
+    async def _create_tables(self) -> None:
+        if self._engine.dialect.name == "sqlite":
+            # Readers no longer wait for the writer. The file remembers it, but no transaction may be open.
+            async with self._engine.connect() as connection:
+                await connection.execution_options(isolation_level="AUTOCOMMIT")
+                await connection.execute(text("PRAGMA journal_mode=WAL"))
+        async with self._engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+
+    async def ping(self) -> None:
+        """Health check: one statement on a pooled connection.
+
+        Raises: DatabaseUnavailableError.
+        """
+        async with self.session() as session:
+            await session.execute(text("SELECT 1"))
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[AsyncSession]:
+        """A session that is rolled back unless it was committed.
+
+        Raises: DatabaseUnavailableError, when the database is away or hangs. IntegrityError, as it is.
+        """
+        try:
+            async with self._sessions() as session:
+                yield session
+        except (IntegrityError, DataError, ProgrammingError):  # the database answered: it is there
+            raise
+        except _FAILURES as error:
+            raise DatabaseUnavailableError("The database can't be reached: try again in a moment") from error
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Tables exist and ``app.state.database`` is set inside; connections are closed after."""
+        await self.create_tables()
+        app.state.database = self
+        try:
+            yield
+        finally:
+            await self._engine.dispose()

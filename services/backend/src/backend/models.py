@@ -1,0 +1,48 @@
+"""The tables. Plain column types only, so that SQLite and Postgres hold the same."""
+
+from datetime import UTC, datetime
+
+from sqlalchemy import JSON, BigInteger, DateTime, Integer, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+_BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only a column called INTEGER
+
+
+def utc_now() -> datetime:
+    """Now in UTC, without a zone."""
+    return datetime.now(UTC).replace(tzinfo=None)  # SQLite keeps no zone; every time in here is UTC
+
+
+class Base(DeclarativeBase):
+    """All tables of backend-api."""
+
+
+class Card(Base):
+    """A published text."""
+
+    __tablename__ = "cards"
+    # A deleted card's id is never given to another card.
+    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012  (SQLAlchemy's own attribute)
+
+    id: Mapped[int] = mapped_column(_BigId, primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    text: Mapped[str] = mapped_column(Text)
+    tags: Mapped[list[str]] = mapped_column(JSON)
+    search_text: Mapped[str] = mapped_column(Text)
+    """Title, text and tags, case-folded: LIKE ignores case in SQLite for ASCII only, and in Postgres never."""
+    created_at: Mapped[datetime] = mapped_column(DateTime, default=utc_now)
+    updated_at: Mapped[datetime] = mapped_column(DateTime, default=utc_now, onupdate=utc_now)
+
+
+class Publication(Base):
+    """The answer to a publish request that carried an Idempotency-Key; it outlives the card.
+
+    The primary key is what makes two racing requests on two replicas end in one card.
+    """
+
+    __tablename__ = "publications"
+
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of the request body."""
+    answer: Mapped[dict[str, object]] = mapped_column(JSON)

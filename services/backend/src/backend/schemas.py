@@ -1,0 +1,107 @@
+"""What goes over the wire, with the examples that the OpenAPI page shows."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+
+def _storable(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain the NUL character (U+0000): databases can't store it")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("must be valid Unicode: it holds half of a surrogate pair")
+    return value
+
+
+def _in_utc(value: datetime) -> datetime:
+    return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def _distinct(tags: list[str]) -> list[str]:
+    return list(dict.fromkeys(tags))
+
+
+_Time = Annotated[datetime, AfterValidator(_in_utc), Field(examples=["2026-01-31T12:00:00Z"])]
+Storable = Annotated[str, AfterValidator(_storable)]
+_Title = Annotated[
+    Storable,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=200),
+    Field(examples=["Service discovery with Consul"]),
+]
+_Text = Annotated[
+    Storable,
+    StringConstraints(max_length=100_000),
+    Field(examples=["Services register themselves with Consul and call each other by name."]),
+]
+_Tag = Annotated[Storable, StringConstraints(strip_whitespace=True, min_length=1, max_length=50)]
+_Tags = Annotated[list[_Tag], AfterValidator(_distinct), Field(max_length=20, examples=[["consul", "discovery"]])]
+
+
+class CardDraft(BaseModel):
+    """A whole card, as a caller writes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: _Title
+    text: _Text
+    tags: _Tags = Field(default_factory=list)
+
+
+class CardPatch(BaseModel):
+    """The fields to change; what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    # The defaults are never used (only fields that were sent are applied); they make a field optional without
+    # making it nullable.
+    title: _Title = Field(default_factory=str)
+    text: _Text = Field(default_factory=str)
+    tags: _Tags = Field(default_factory=list)
+
+
+class CardView(BaseModel):
+    """A stored card. Times are UTC."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int = Field(examples=[1])
+    title: str = Field(examples=["Service discovery with Consul"])
+    text: str = Field(examples=["Services register themselves with Consul and call each other by name."])
+    tags: list[str] = Field(examples=[["consul", "discovery"]])
+    created_at: _Time
+    updated_at: _Time
+
+
+class CardPage(BaseModel):
+    """One page of cards, newest first."""
+
+    items: list[CardView]
+    total: int = Field(description="Cards that match, on all pages.", examples=[1])
+    limit: int = Field(examples=[20])
+    offset: int = Field(examples=[0])
+
+
+class Suggestion(BaseModel):
+    """Something that related cards suggest for this one."""
+
+    kind: Literal["tag", "card"] = Field(description="A tag to add, or a related card to read.", examples=["tag"])
+    value: str = Field(description="The tag, or the related card's title.", examples=["consul"])
+    score: int = Field(description="How many words are shared; higher is closer.", examples=[3])
+    card_id: int | None = Field(default=None, description="Of a related card.", examples=[None])
+
+
+class PublishedCard(CardView):
+    """A card as it was published, with what research-api suggested for it."""
+
+    suggestions: list[Suggestion]
+    enriched: bool = Field(
+        description="False: research-api gave no complete answer in time, so there may be more suggestions.",
+        examples=[True],
+    )
+
+
+class Problem(BaseModel):
+    """What went wrong, in a sentence."""
+
+    detail: str = Field(examples=["Card 7 does not exist"])

@@ -1,0 +1,18 @@
+"""What an operator can set: ``SERVICE_*`` (see ``registry``) and the variables below."""
+
+from pydantic import Field
+
+from registry import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """Settings of backend-api, read from the environment; every one has a default that runs on a laptop."""
+
+    name: str = "backend-api"
+    port: int = 8002
+    database_url: str = Field(default="sqlite+aiosqlite:///backend.db", validation_alias="DATABASE_URL")
+    """SQLAlchemy URL. ``sqlite://`` and ``postgresql://`` get their asynchronous driver by themselves."""
+    database_timeout: float = Field(default=5.0, gt=0, validation_alias="DATABASE_TIMEOUT")
+    """Seconds that one statement, or the wait for a lock or a connection, may take before it is a 503."""
+    enrich_timeout: float = Field(default=2.0, gt=0)
+    """Seconds that publishing waits for suggestions before it goes on without them."""
