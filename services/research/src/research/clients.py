@@ -1,0 +1,44 @@
+"""The services that research-api calls, by name."""
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from registry import RegistryError, ServiceDiscoveryClient
+
+
+class BackendUnavailableError(Exception):
+    """backend-api gave no usable answer."""
+
+
+class Card(BaseModel):
+    """The part of a card that is read here."""
+
+    id: int
+    title: str
+    text: str
+    tags: list[str]
+
+
+class _CardPage(BaseModel):
+    items: list[Card]
+
+
+class BackendClient:
+    """backend-api, as research-api uses it."""
+
+    def __init__(self, client: ServiceDiscoveryClient, timeout: float = 1.5) -> None:
+        self._client = client
+        self._timeout = timeout
+
+    async def search(self, q: str, limit: int = 20) -> list[Card]:
+        """The newest cards that contain ``q``, at most ``limit``; an attempt takes at most ``timeout`` seconds.
+
+        Raises: BackendUnavailableError, when there is no instance, no answer, or no sensible one.
+        """
+        try:
+            answer = await self._client.get(
+                "backend-api", "/api/cards", params={"q": q, "limit": limit}, timeout=self._timeout
+            )
+            return _CardPage.model_validate_json(answer.content).items
+        except (RegistryError, httpx.HTTPError, ValidationError) as error:
+            raise BackendUnavailableError(f"backend-api did not answer the search: {error}") from error
