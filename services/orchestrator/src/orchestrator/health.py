@@ -1,0 +1,59 @@
+"""How the upstreams are, in words: what Consul's checks say, and what a call by name meets right now."""
+
+import asyncio
+from functools import partial
+
+import anyio.to_thread
+import httpx
+
+from orchestrator.clients import UPSTREAMS, UpstreamError
+from orchestrator.errors import status_and_words
+from orchestrator.registry import RegistryError, ServiceDiscoveryClient, ServiceRegistry
+from orchestrator.schemas import HealthReport, Status, UpstreamHealth
+from orchestrator.topology import complaint, read_complaints, read_standing
+
+
+async def report_health(client: ServiceDiscoveryClient, registry: ServiceRegistry, timeout: float) -> HealthReport:
+    """Ask every upstream, side by side; each takes at most about ``timeout`` seconds. Raises nothing."""
+    services = await asyncio.gather(*(_upstream(client, registry, service, timeout) for service in UPSTREAMS))
+    statuses = {upstream.status for upstream in services}
+    worst: Status = "unhealthy" if "unhealthy" in statuses else "degraded" if "degraded" in statuses else "healthy"
+    troubled = [upstream.words for upstream in services if upstream.status != "healthy"]
+    return HealthReport(status=worst, words="; ".join(troubled) or "Everything works", services=services)
+
+
+async def _upstream(
+    client: ServiceDiscoveryClient, registry: ServiceRegistry, service: str, timeout: float
+) -> UpstreamHealth:
+    trouble, (failing, checks) = await asyncio.gather(
+        _trouble(client, service, timeout),
+        anyio.to_thread.run_sync(partial(_checks, registry, service)),
+    )
+    if trouble:
+        return UpstreamHealth(service=service, status="unhealthy", words=f"{trouble}; {checks}")
+    status: Status = "degraded" if failing else "healthy"
+    return UpstreamHealth(service=service, status=status, words=f"{service} works: {checks}")
+
+
+async def _trouble(client: ServiceDiscoveryClient, service: str, timeout: float) -> str | None:
+    """What a call by name meets; None: it is answered, and healthy."""
+    try:
+        async with asyncio.timeout(timeout):
+            await client.get(service, "/health", timeout=timeout / 2)
+    except (RegistryError, httpx.HTTPError, TimeoutError) as error:
+        _, words = status_and_words(UpstreamError(service, error))
+        if isinstance(error, httpx.HTTPStatusError):
+            words += f": {complaint(error.response.text)}"
+        return words
+    return None
+
+
+def _checks(registry: ServiceRegistry, service: str) -> tuple[bool, str]:
+    """Whether an instance fails its checks, and the count in words. Blocks."""
+    try:
+        standing = read_standing(registry, service)
+        complaints = read_complaints(registry, standing)
+    except RegistryError as error:
+        return False, f"its checks are unknown ({error})"
+    count = f"{len(standing.passing)} of {len(standing.instances)} instances pass their checks"
+    return bool(complaints), "; ".join([count, *(f"{name}: {why}" for name, why in complaints.items())])

@@ -1,0 +1,43 @@
+"""The public names of the ``registry`` package, under the path that the quick start shows."""
+
+from registry import (
+    ConsulResolver,
+    ConsulSettings,
+    DiscoveryTransport,
+    Instance,
+    InvalidInputError,
+    NoHealthyInstanceError,
+    Registrar,
+    RegistryError,
+    RegistryUnavailableError,
+    Resolver,
+    RetryPolicy,
+    ServiceDiscoveryClient,
+    ServiceHealth,
+    ServiceNotFoundError,
+    ServiceRegistry,
+    ServiceSettings,
+    Snapshot,
+    StaticResolver,
+)
+
+__all__ = [
+    "ConsulResolver",
+    "ConsulSettings",
+    "DiscoveryTransport",
+    "Instance",
+    "InvalidInputError",
+    "NoHealthyInstanceError",
+    "Registrar",
+    "RegistryError",
+    "RegistryUnavailableError",
+    "Resolver",
+    "RetryPolicy",
+    "ServiceDiscoveryClient",
+    "ServiceHealth",
+    "ServiceNotFoundError",
+    "ServiceRegistry",
+    "ServiceSettings",
+    "Snapshot",
+    "StaticResolver",
+]

@@ -1,0 +1,113 @@
+"""The front door: what comes in, who is asked, which status goes out."""
+
+import uuid
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Header, Request, Response
+
+from orchestrator.clients import Answer, BackendClient, ResearchClient
+from orchestrator.health import report_health
+from orchestrator.registry import ServiceRegistry
+from orchestrator.schemas import (
+    Enrichment,
+    EnrichRequest,
+    HealthReport,
+    Problem,
+    PublishedCard,
+    PublishRequest,
+    Topology,
+)
+from orchestrator.topology import read_topology
+from registry.fastapi import DiscoveryClient
+
+router = APIRouter(prefix="/api")
+_ANSWERED_BY: dict[str, Any] = {
+    "X-Upstream-Instance": {"description": "The instance that answered.", "schema": {"type": "string"}}
+}
+_UPSTREAM: dict[int | str, dict[str, Any]] = {
+    502: {"model": Problem, "description": "The upstream broke the connection, or answered with nonsense or a 5xx."},
+    503: {"model": Problem, "description": "No healthy instance of the upstream, or Consul is away."},
+    504: {"model": Problem, "description": "The upstream did not answer in time."},
+}
+
+
+async def _backend(request: Request, client: DiscoveryClient) -> BackendClient:
+    return BackendClient(client, request.app.state.settings.upstream_timeout)
+
+
+async def _research(request: Request, client: DiscoveryClient) -> ResearchClient:
+    return ResearchClient(client, request.app.state.settings.upstream_timeout)
+
+
+async def _registry(request: Request) -> ServiceRegistry:
+    registry: ServiceRegistry = request.app.state.service_registry
+    return registry
+
+
+Registry = Annotated[ServiceRegistry, Depends(_registry)]
+
+
+def _show_who_answered(response: Response, answer: Answer[Any]) -> None:
+    if answer.instance:
+        response.headers["X-Upstream-Instance"] = answer.instance
+
+
+@router.post("/enrich", tags=["front door"], responses={200: {"headers": _ANSWERED_BY}, **_UPSTREAM})
+async def enrich(
+    wanted: EnrichRequest, research: Annotated[ResearchClient, Depends(_research)], response: Response
+) -> Enrichment:
+    """Suggest tags and related cards for a text: research-api answers."""
+    answer = await research.enrich(wanted)
+    _show_who_answered(response, answer)
+    return answer.body
+
+
+@router.post("/publish", status_code=201, tags=["front door"], responses={201: {"headers": _ANSWERED_BY}, **_UPSTREAM})
+async def publish(
+    draft: PublishRequest,
+    backend: Annotated[BackendClient, Depends(_backend)],
+    response: Response,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=200,
+            pattern=r"^[\x21-\x7e]+$",
+            description="Send the same key again, with the same body, to be sure that a card is published once. "
+            "Without one, a key is made, so that this service may repeat the call; the answer names it.",
+            examples=["5f0c7a1e-publish-1"],
+        ),
+    ] = None,
+) -> PublishedCard:
+    """Publish a card, and get suggestions for it: backend-api answers."""
+    key = idempotency_key or uuid.uuid4().hex
+    answer = await backend.publish(draft, key)
+    _show_who_answered(response, answer)
+    response.headers["Idempotency-Key"] = key
+    if idempotency_key and answer.replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return answer.body
+
+
+@router.get(
+    "/topology", tags=["overview"], responses={503: {"model": Problem, "description": "Consul can't be asked."}}
+)
+async def topology(registry: Registry) -> Topology:
+    """Every service that is registered, and its instances with their health, as Consul has it now."""
+    return await anyio.to_thread.run_sync(read_topology, registry)
+
+
+@router.get(
+    "/health",
+    tags=["overview"],
+    responses={503: {"model": HealthReport, "description": "An upstream does not work; the body says which."}},
+)
+async def upstream_health(
+    request: Request, client: DiscoveryClient, registry: Registry, response: Response
+) -> HealthReport:
+    """How the services behind the front door are, in words. The front door's own health is at `/health`."""
+    report = await report_health(client, registry, request.app.state.settings.health_timeout)
+    if report.status == "unhealthy":
+        response.status_code = 503
+    return report

@@ -1,0 +1,120 @@
+"""What goes over the wire, with the examples that the OpenAPI page shows.
+
+What comes from an upstream is passed on whole: a field that it adds tomorrow needs no change here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _unicode(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode: it holds half of a surrogate pair") from None
+    return value
+
+
+_Text = Annotated[
+    str,
+    AfterValidator(_unicode),
+    Field(examples=["Services register themselves with Consul and call each other by name."]),
+]
+
+
+class EnrichRequest(BaseModel):
+    """A text to find suggestions for. research-api decides what is valid."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: _Text
+    limit: int | None = Field(default=None, description="At most so many tags, and so many cards.", examples=[5])
+
+
+class Enrichment(BaseModel):
+    """research-api's answer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    suggestions: list[dict[str, Any]] = Field(
+        examples=[[{"kind": "tag", "value": "consul", "score": 3, "card_id": None}]]
+    )
+    complete: bool = Field(description="False: there may be more suggestions.", examples=[True])
+
+
+class PublishRequest(BaseModel):
+    """A card to publish. backend-api decides what is valid."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: Annotated[str, AfterValidator(_unicode), Field(examples=["Service discovery with Consul"])]
+    text: _Text
+    tags: list[Annotated[str, AfterValidator(_unicode)]] = Field(
+        default_factory=list, examples=[["consul", "discovery"]]
+    )
+
+
+class PublishedCard(BaseModel):
+    """backend-api's answer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: int = Field(examples=[1])
+    title: str = Field(examples=["Service discovery with Consul"])
+    text: str = Field(examples=["Services register themselves with Consul and call each other by name."])
+    tags: list[str] = Field(examples=[["consul", "discovery"]])
+    suggestions: list[dict[str, Any]] = Field(
+        examples=[[{"kind": "tag", "value": "consul", "score": 3, "card_id": None}]]
+    )
+    enriched: bool = Field(description="False: there may be more suggestions.", examples=[True])
+
+
+Status = Literal["healthy", "degraded", "unhealthy"]
+
+
+class TopologyInstance(BaseModel):
+    """One instance of a service."""
+
+    id: str = Field(examples=["backend-api-10.0.0.7-8002"])
+    address: str = Field(examples=["10.0.0.7"])
+    port: int = Field(examples=[8002])
+    tags: list[str] = Field(examples=[["v1"]])
+    healthy: bool = Field(description="Whether every health check passes, so that callers find it.")
+
+
+class TopologyService(BaseModel):
+    """A service and its instances, sorted by id."""
+
+    service: str = Field(examples=["backend-api"])
+    healthy_instances: int = Field(examples=[1])
+    instances: list[TopologyInstance]
+
+
+class Topology(BaseModel):
+    """Every registered service, sorted by name."""
+
+    services: list[TopologyService]
+
+
+class UpstreamHealth(BaseModel):
+    """How one upstream is."""
+
+    service: str = Field(examples=["backend-api"])
+    status: Status = Field(description="degraded: it works, but an instance does not.")
+    words: str = Field(examples=["backend-api works: 3 of 3 instances pass their checks"])
+
+
+class HealthReport(BaseModel):
+    """How everything behind the front door is; the worst status counts."""
+
+    status: Status
+    words: str = Field(examples=["Everything works"])
+    services: list[UpstreamHealth]
+
+
+class Problem(BaseModel):
+    """What went wrong, in a sentence, and in which service."""
+
+    detail: str = Field(examples=["backend-api has no healthy instance: try again in a moment"])
+    service: str | None = Field(default=None, examples=["backend-api"])
