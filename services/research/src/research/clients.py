@@ -30,7 +30,7 @@ class BackendClient:
         self._client = client
         self._timeout = timeout
 
-    async def search(self, q: str, limit: int = 20) -> list[Card]:
+    async def search(self, q: str, limit: int = 10) -> list[Card]:
         """The newest cards that contain ``q``, at most ``limit``; an attempt takes at most ``timeout`` seconds.
 
         Raises: BackendUnavailableError, when there is no instance, no answer, or no sensible one.

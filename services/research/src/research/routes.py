@@ -43,4 +43,6 @@ async def enrich(
 
     found = await asyncio.gather(*map(search, keywords(wanted.text, _SEARCHES)))
     cards = [card for cards in found if cards is not None for card in cards]
-    return Enrichment(suggestions=suggest(wanted.text, cards, wanted.limit), complete=None not in found)
+    # In a thread: fifty long cards are megabytes of words, and other requests must not wait for them.
+    suggestions = await asyncio.to_thread(suggest, wanted.text, cards, wanted.limit)
+    return Enrichment(suggestions=suggestions, complete=None not in found)

@@ -8,71 +8,12 @@ from research.clients import Card
 from research.schemas import Suggestion
 
 # Words too common to relate two texts; shorter ones than four letters are left out anyway.
-_COMMON = frozenset(
-    [
-        "about",
-        "after",
-        "also",
-        "another",
-        "because",
-        "been",
-        "before",
-        "being",
-        "between",
-        "both",
-        "could",
-        "does",
-        "each",
-        "every",
-        "from",
-        "have",
-        "here",
-        "into",
-        "just",
-        "like",
-        "made",
-        "make",
-        "many",
-        "more",
-        "most",
-        "much",
-        "must",
-        "only",
-        "other",
-        "over",
-        "same",
-        "should",
-        "some",
-        "such",
-        "than",
-        "that",
-        "their",
-        "them",
-        "themselves",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "those",
-        "through",
-        "under",
-        "very",
-        "want",
-        "well",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "will",
-        "with",
-        "without",
-        "would",
-        "your",
-    ]
-)
+_COMMON_WORDS = """
+about after also another because been before being between both could does each every from have here into just like
+made make many more most much must only other over same should some such than that their them themselves then there
+these they this those through under very want well were what when where which while will with without would your
+"""
+_COMMON = frozenset(_COMMON_WORDS.split())
 _WORD = re.compile(r"\w{4,40}")
 
 
