@@ -18,7 +18,7 @@ MEMBERS = sorted(
     for folder in ("packages", "services")
     for path in ROOT.glob(f"{folder}/*/pyproject.toml")
 )
-TYPED = ["packages", "services", "deploy/local", "conftest.py", "noxfile.py"]
+TYPED = ["packages", "services", "deploy/local", "tests", "conftest.py", "noxfile.py"]
 
 
 @nox.session
@@ -49,7 +49,8 @@ def tests(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Start Consul and the services as local processes; `-- --once` shows the tour and leaves."""
     install(session)
-    session.run("python", "deploy/local/demo.py", *session.posargs)
+    # After Ctrl-C the services withdraw from Consul and drain before they end.
+    session.run("python", "deploy/local/demo.py", *session.posargs, interrupt_timeout=15.0)
 
 
 @nox.session(venv_backend="none")

@@ -1,0 +1,106 @@
+"""`nox -s demo`: Consul, three services and two more backend replicas as local processes, and a tour through them."""
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+
+from processes import DemoError, Processes
+from registry.testing.agent import ConsulNotFoundError, ConsulStartError, find_consul, running_agent
+from system import Ports, System
+from tour import show_tour, stay
+
+_START_SECONDS = 60.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns its exit code."""
+    options = _options(arguments)
+    # A closed terminal or a polite kill ends it as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        _run(Ports(*options.ports), options.once, Console())
+    except (DemoError, ConsulNotFoundError, ConsulStartError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
+    parser.add_argument("--once", action="store_true", help="show the tour and leave")
+    # For tests, which run beside a running demo: Consul, research-api, backend-api, orchestrator-api.
+    parser.add_argument("--ports", type=int, nargs=4, default=(8500, 8001, 8002, 8003), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _run(ports: Ports, once: bool, console: Console) -> None:
+    ports.check()
+    consul = find_consul()
+    with Processes() as processes, Live(console=console, refresh_per_second=8) as live:
+        system = System(ports, processes)
+        system.start()
+        live.update(system.table(system.rows(), "starting Consul"))
+        with running_agent(http_port=ports.consul, binary=consul):
+            try:
+                _wait_until_passing(system, live)
+                path = asyncio.run(show_tour(system, console))
+                live.update(system.table(system.rows()))
+                _print_urls(ports, console)
+                if not once:
+                    _stay_until_interrupted(system, path, live, console)
+            finally:
+                # Before Consul, from which they withdraw.
+                processes.stop()
+    if not console.is_terminal:
+        console.line()  # which Live leaves out there
+
+
+def _wait_until_passing(system: System, live: Live) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        rows = system.rows()
+        live.update(system.table(rows, "waiting until every instance is passing"))
+        if all(row.health == "passing" for row in rows):
+            return
+        if dead := system.dead():
+            raise DemoError(
+                f"{dead.service} on port {dead.port} ended with exit code {dead.exit_code}. "
+                f"The end of its log {dead.log}:\n{dead.log_tail()}"
+            )
+        if time.monotonic() > deadline:
+            waiting = ", ".join(f"{row.service} on port {row.port}" for row in rows if row.health != "passing")
+            raise DemoError(
+                f"Not passing after {_START_SECONDS:.0f} s: {waiting}. The logs are in {system.processes.directory}."
+            )
+        time.sleep(0.1)
+
+
+def _print_urls(ports: Ports, console: Console) -> None:
+    for name, url in (
+        ("research-api", f"http://localhost:{ports.research}/docs"),
+        ("backend-api", f"http://localhost:{ports.backend}/docs"),
+        ("orchestrator-api", f"http://localhost:{ports.orchestrator}/docs"),
+        ("Consul", f"http://localhost:{ports.consul}/ui"),
+    ):
+        console.print(f"{name:<17} {url}", soft_wrap=True)
+
+
+def _stay_until_interrupted(system: System, path: str, live: Live, console: Console) -> None:
+    console.print(f"\nThe logs are in {system.processes.directory}. Ctrl-C stops everything.", soft_wrap=True)
+    try:
+        asyncio.run(stay(system, path, live))
+    except KeyboardInterrupt:
+        console.print("Stopping: the services withdraw from Consul, drain and end.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What the demo runs, and how it stands: the processes, what Consul says of them, the table that shows both."""
+
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.table import Table
+from rich.text import Text
+
+from processes import DemoError, Process, Processes, clean_environment, uvicorn_command
+from registry import RegistryUnavailableError, ServiceRegistry
+from registry.testing.ports import free_ports, is_free
+
+__all__ = ["SERVICES", "Ports", "Row", "System"]
+
+SERVICES = {
+    "research-api": "research.main:app",
+    "backend-api": "backend.main:app",
+    "orchestrator-api": "orchestrator.main:app",
+}
+"""Name → what uvicorn runs."""
+_COLOURS = {"passing": "green", "starting": "yellow", "warning": "yellow", "critical": "red"}
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The ports that a user is told; the two more replicas of backend-api take free ones."""
+
+    consul: int = 8500
+    research: int = 8001
+    backend: int = 8002
+    orchestrator: int = 8003
+
+    def check(self) -> None:
+        """Raises: DemoError, naming every port that somebody else listens on."""
+        users = {
+            self.consul: "Consul",
+            self.research: "research-api",
+            self.backend: "backend-api",
+            self.orchestrator: "orchestrator-api",
+        }
+        taken = [f"port {port} ({user})" for port, user in users.items() if not is_free(port, socket.SOCK_STREAM)]
+        if taken:
+            raise DemoError(
+                f"The demo needs {', '.join(taken)}, which another program holds: stop that program, then try again."
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One process, as it stands."""
+
+    service: str
+    port: int
+    instance: str
+    """Its id in Consul; empty while Consul does not know it."""
+    health: str
+    """``starting``, what Consul says, or how the process ended."""
+
+
+@dataclass
+class System:
+    """The services of the demo. ``rows`` and ``start`` block."""
+
+    ports: Ports
+    processes: Processes
+    answered: Counter[str] = field(default_factory=Counter)
+    """Instance id → calls that it answered."""
+    failed: int = 0
+    """Calls that nobody answered."""
+
+    def __post_init__(self) -> None:
+        self.registry = ServiceRegistry("localhost", self.ports.consul)
+
+    def start(self) -> None:
+        """Starts every process at once; they register as soon as Consul is there."""
+        ports = [
+            ("backend-api", self.ports.backend),
+            ("research-api", self.ports.research),
+            ("orchestrator-api", self.ports.orchestrator),
+            *(("backend-api", port) for port in free_ports(2)),
+        ]
+        for service, port in ports:
+            environment = clean_environment(
+                CONSUL_HTTP_ADDR=f"localhost:{self.ports.consul}",
+                SERVICE_PORT=str(port),
+                # Every second instead of every ten, so that the table shows soon what happens to an instance.
+                SERVICE_HEALTH_CHECK_INTERVAL="1",
+                DATABASE_URL=f"sqlite+aiosqlite:///{self.processes.directory}/backend.db",
+            )
+            self.processes.start(service, uvicorn_command(SERVICES[service], port), port, environment)
+
+    def rows(self) -> list[Row]:
+        """How every process stands, sorted by service and port."""
+        known = {}
+        try:
+            for service in SERVICES:
+                for instance in self.registry.discover_service(service, passing=False):
+                    health = self.registry.get_service_health(instance.id)
+                    known[instance.port] = instance.id, health.status if health else "starting"
+        except RegistryUnavailableError:
+            known = {}
+        return sorted(self._rows(known), key=lambda row: (row.service, row.port))
+
+    def _rows(self, known: dict[int, tuple[str, str]]) -> Iterator[Row]:
+        for process in self.processes:
+            instance, health = known.get(process.port, ("", "starting"))
+            if process.exit_code is not None:
+                health = f"ended ({process.exit_code})"
+            yield Row(process.service, process.port, instance, health)
+
+    def dead(self) -> Process | None:
+        """A process that has ended, None while all run."""
+        return next((process for process in self.processes if process.exit_code is not None), None)
+
+    def table(self, rows: list[Row], caption: str = "") -> Table:
+        """The rows for people."""
+        table = Table(title="Services", title_justify="left", caption=caption, caption_justify="left")
+        for heading in ("service", "instance", "health"):
+            table.add_column(heading, no_wrap=True)
+        table.add_column("answered", justify="right")
+        for row in rows:
+            health = Text(row.health, _COLOURS.get(row.health, "red"))
+            table.add_row(
+                row.service, row.instance or f"on port {row.port}", health, str(self.answered[row.instance] or "")
+            )
+        return table

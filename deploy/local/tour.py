@@ -1,0 +1,109 @@
+"""What the demo shows: a card published through the front door, ten calls by name, and what happens from then on."""
+
+import asyncio
+import itertools
+from collections.abc import Collection
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from processes import DemoError
+from registry import Instance, RegistryError, ServiceDiscoveryClient, Snapshot
+from system import System
+
+__all__ = ["show_tour", "stay"]
+
+_CARDS = [
+    {
+        "title": "Consul knows who is healthy",
+        "text": "Every service registers with Consul, which checks its health and forgets it when it fails.",
+        "tags": ["consul", "health"],
+    },
+    {
+        "title": "Calling a service by name",
+        "text": "A service asks Consul who is healthy and calls another service by name, never by address.",
+        "tags": ["discovery"],
+    },
+]
+_PAUSE = 0.5
+"""Seconds between two calls, and between two looks at Consul, while the demo stays up."""
+
+
+class _TakeTurns:
+    """One instance after the other, so that ten calls show them all."""
+
+    def __init__(self) -> None:
+        self._turn = itertools.count()
+
+    def __call__(self, snapshot: Snapshot, tried: Collection[Instance]) -> Instance | None:
+        untried = [instance for instance in snapshot if instance not in tried]
+        return untried[next(self._turn) % len(untried)] if untried else None
+
+
+async def show_tour(system: System, console: Console) -> str:
+    """Publishes and enriches a card through orchestrator-api, calls backend-api ten times by name; the card's path.
+
+    Raises: DemoError, when a call fails.
+    """
+    base_url = f"http://localhost:{system.ports.orchestrator}"
+    async with httpx.AsyncClient(base_url=base_url, timeout=10.0, trust_env=False) as front_door:
+        *_, card = [await _post(front_door, "/api/publish", draft) for draft in _CARDS]
+        enriched = await _post(front_door, "/api/enrich", {"text": card["text"]})
+    console.print(_card_table(card, enriched))
+    path = f"/api/cards/{card['id']}"
+    calls = Table("call", "answered by", title="Ten calls by name", title_justify="left")
+    async with ServiceDiscoveryClient(system.registry, pick=_TakeTurns()) as client:
+        for number in range(1, 11):
+            calls.add_row(f"{number}", await _call(client, path, system))
+    console.print(calls)
+    return path
+
+
+async def stay(system: System, path: str, live: Live) -> None:
+    """Calls on, and shows who answers and how everything stands, until it is cancelled."""
+    async with ServiceDiscoveryClient(system.registry) as client:
+        while True:
+            try:
+                await _call(client, path, system)
+            except DemoError:
+                system.failed += 1
+            rows = await asyncio.to_thread(system.rows)
+            live.update(
+                system.table(rows, f"{system.failed} of {system.answered.total() + system.failed} calls failed")
+            )
+            await asyncio.sleep(_PAUSE)
+
+
+async def _call(client: ServiceDiscoveryClient, path: str, system: System) -> str:
+    try:
+        answer = await client.get("backend-api", path, timeout=2.0)
+    except (RegistryError, httpx.HTTPError) as error:
+        raise DemoError(f"GET {path} of backend-api failed: {error!r}") from error
+    instance = answer.headers["X-Service-Instance"]
+    system.answered[instance] += 1
+    return instance
+
+
+async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    try:
+        answer = await client.post(path, json=body)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise DemoError(f"POST {path} through orchestrator-api failed: {error!r}") from error
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def _card_table(card: dict[str, Any], enriched: dict[str, Any]) -> Table:
+    table = Table(title="Published through orchestrator-api", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("card", f"{card['id']}: {card['title']}")
+    table.add_row("text", card["text"])
+    table.add_row("tags", ", ".join(card["tags"]))
+    for heading, suggestions in (("suggested when published", card), ("POST /api/enrich says", enriched)):
+        table.add_row(heading, "; ".join(f"{found['kind']} {found['value']!r}" for found in suggestions["suggestions"]))
+    return table
