@@ -1,0 +1,156 @@
+"""The demo as a user starts it: what it shows, how it fails, and that nothing of it stays."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from registry.testing.ports import free_ports
+
+DEMO = Path(__file__).parents[1] / "deploy" / "local" / "demo.py"
+
+
+@pytest.fixture
+def ports() -> list[int]:
+    """Free ports for Consul, research-api, backend-api and orchestrator-api, so that a demo may run beside."""
+    return free_ports(4)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    """The directory that the demo takes for temporary files; its processes carry the name in their environment."""
+    path = tmp_path / "demo"
+    path.mkdir()
+    return path
+
+
+@contextmanager
+def demo(
+    *options: str, ports: list[int], temporary: Path, consul: Path, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """The demo as a process of its own."""
+    variables = {"TMPDIR": str(temporary), "CONSUL_BIN": str(consul), "COLUMNS": "120", **environment}
+    process = subprocess.Popen(
+        [sys.executable, str(DEMO), *options, "--ports", *map(str, ports)],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def left_running(temporary: Path) -> list[str]:
+    """Command lines of the processes that a demo with this directory started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR") == str(temporary) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Return once the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(0.02)
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What the demo printed, up to the line with the text."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return "".join(seen)
+    raise AssertionError(f"the demo ended without {text!r}: {''.join(seen)}")
+
+
+def test_once_shows_the_tour_and_leaves_nothing(ports: list[int], temporary: Path, consul_binary: Path) -> None:
+    """`--once` publishes and enriches a card, shows three backends answering, prints the URLs, leaves nothing."""
+    with demo("--once", ports=ports, temporary=temporary, consul=consul_binary) as process:
+        output, errors = process.communicate(timeout=90)
+        assert process.returncode == 0, output + errors
+    consul, research, backend, orchestrator = ports
+    assert re.search(r"card\W+\d+: Calling a service by name", output)
+    assert re.search(r"suggested when published\W+tag 'consul'", output)
+    assert re.search(r"POST /api/enrich says\W+tag 'discovery'", output)
+    answered = re.findall(r"│ (\d+) +│ (backend-api-127\.0\.0\.1-\d+) +│$", output, re.MULTILINE)
+    assert [int(number) for number, _ in answered] == list(range(1, 11))
+    assert len({instance for _, instance in answered}) == 3
+    for port in (research, backend, orchestrator):
+        assert f"http://localhost:{port}/docs" in output
+    assert f"http://localhost:{consul}/ui" in output
+    assert output.count(" passing ") == 5
+    assert left_running(temporary) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_taken_ports_are_named_before_anything_starts(ports: list[int], temporary: Path, consul_binary: Path) -> None:
+    """Ports that somebody else holds are all named in one sentence, and nothing was started for it."""
+    with socket.create_server(("127.0.0.1", ports[0])), socket.create_server(("127.0.0.1", ports[2])):
+        with demo("--once", ports=ports, temporary=temporary, consul=consul_binary) as process:
+            output, errors = process.communicate(timeout=30)
+        assert process.returncode == 1
+    assert f"port {ports[0]} (Consul), port {ports[2]} (backend-api), which another program holds" in errors
+    assert output == ""
+    assert list(temporary.iterdir()) == []
+
+
+def test_dead_service_shows_the_end_of_its_log(ports: list[int], temporary: Path, consul_binary: Path) -> None:
+    """A service that can't start ends the demo with its name, its log's last lines and the log's path."""
+    with demo("--once", ports=ports, temporary=temporary, consul=consul_binary, DATABASE_TIMEOUT="soon") as process:
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode == 1
+    assert re.search(r"backend-api on port \d+ ended with exit code 1\.", errors)
+    assert "DATABASE_TIMEOUT" in errors
+    log = re.search(r"The end of its log (\S+):", errors)
+    assert log
+    assert "DATABASE_TIMEOUT" in Path(log[1]).read_text()
+    assert left_running(temporary) == []
+
+
+def test_ctrl_c_stops_everything(ports: list[int], temporary: Path, consul_binary: Path) -> None:
+    """The demo stays up and answers until SIGINT; then it says that it stops, exits 0 and nothing is left."""
+    with demo(ports=ports, temporary=temporary, consul=consul_binary) as process:
+        read_until(process, "Ctrl-C stops everything")
+        for port in ports[1:]:
+            assert httpx.get(f"http://localhost:{port}/health").json()["status"] == "healthy"
+            assert httpx.get(f"http://localhost:{port}/docs").is_success
+        assert "Consul" in httpx.get(f"http://localhost:{ports[0]}/ui/").text
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
+    assert "Stopping" in output
+    assert left_running(temporary) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_killed_demo_leaves_nothing(ports: list[int], temporary: Path, consul_binary: Path) -> None:
+    """kill -9 of the demo ends its services, its Consul and its files too."""
+    with demo(ports=ports, temporary=temporary, consul=consul_binary) as process:
+        read_until(process, "Ctrl-C stops everything")
+        assert len(left_running(temporary)) >= 7
+        process.kill()
+        wait_until(lambda: left_running(temporary) == [])
+        wait_until(lambda: list(temporary.iterdir()) == [])
