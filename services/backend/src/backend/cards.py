@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from backend.clients import Enrichment
 from backend.database import Database
 from backend.models import Card, Publication, utc_now
-from backend.schemas import CardDraft, CardPage, CardPatch, CardView, PublishedCard
+from backend.schemas import CardDraft, CardPage, CardPatch, CardView, PublishedCard, Suggestion
 
 
 class CardNotFoundError(Exception):
@@ -42,6 +42,10 @@ def _assign(card: Card, draft: CardDraft) -> None:
     card.search_text = _search_text(draft.title, draft.text, draft.tags)
 
 
+def _news(enrichment: Enrichment, draft: CardDraft) -> list[Suggestion]:
+    return [found for found in enrichment.suggestions if found.kind != "tag" or found.value not in draft.tags]
+
+
 class Cards:
     """The cards of one database. Every method may raise DatabaseUnavailableError."""
 
@@ -69,7 +73,7 @@ class Cards:
             await session.flush()
             published = PublishedCard(
                 **CardView.model_validate(card).model_dump(),
-                suggestions=enrichment.suggestions if enrichment else [],
+                suggestions=_news(enrichment, draft) if enrichment else [],
                 enriched=bool(enrichment and enrichment.complete),
             )
             if key is not None:

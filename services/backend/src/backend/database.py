@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from sqlalchemy import URL, make_url, text
+from sqlalchemy import URL, make_url, select, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from backend.models import Base
+from backend.models import Base, Card
 
 _log = logging.getLogger("backend")
 _ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
@@ -76,12 +76,12 @@ class Database:
             await connection.run_sync(Base.metadata.create_all)
 
     async def ping(self) -> None:
-        """Health check: one statement on a pooled connection.
+        """Health check: reads a table, because a plain SELECT 1 does not even look at a SQLite file.
 
-        Raises: DatabaseUnavailableError.
+        Raises: DatabaseUnavailableError, or what SQLAlchemy raises when the table is gone.
         """
         async with self.session() as session:
-            await session.execute(text("SELECT 1"))
+            await session.execute(select(Card.id).limit(1))
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
@@ -98,11 +98,14 @@ class Database:
             raise DatabaseUnavailableError("The database can't be reached: try again in a moment") from error
 
     @asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Tables exist and ``app.state.database`` is set inside; connections are closed after."""
-        await self.create_tables()
-        app.state.database = self
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Tables exist inside; connections are closed after. Raises: DatabaseUnavailableError."""
         try:
+            await self.create_tables()
             yield
         finally:
-            await self._engine.dispose()
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self._engine.dispose()

@@ -17,7 +17,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Cards in a real database",
         lifespan=lifespan(settings, upstreams=["research-api"], inner=database.lifespan),
     )
-    app.state.settings = settings
+    app.state.settings, app.state.database = settings, database
     app.add_middleware(RegistryMiddleware)
     add_error_handlers(app)
     app.include_router(health_router(database=database.ping))

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Requ
 
 from backend.cards import CardNotFoundError, Cards, KeyReusedError
 from backend.clients import Enrichment, ResearchClient, ResearchUnavailableError
-from backend.schemas import CardDraft, CardPage, CardPatch, CardView, Problem, PublishedCard, Storable
+from backend.schemas import CardDraft, CardPage, CardPatch, CardView, Problem, PublishedCard, SearchText
 from registry.fastapi import DiscoveryClient
 
 _log = logging.getLogger("backend")
@@ -92,9 +92,8 @@ async def publish(
 async def search_cards(
     cards: CardsDependency,
     q: Annotated[
-        Storable,
+        SearchText,
         Query(
-            max_length=200,
             description="Text to find in title, text or a tag, ignoring case; empty: every card.",
             examples=["consul"],
         ),

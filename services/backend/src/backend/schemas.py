@@ -23,19 +23,22 @@ def _distinct(tags: list[str]) -> list[str]:
 
 
 _Time = Annotated[datetime, AfterValidator(_in_utc), Field(examples=["2026-01-31T12:00:00Z"])]
-Storable = Annotated[str, AfterValidator(_storable)]
+SearchText = Annotated[str, StringConstraints(max_length=200), AfterValidator(_storable)]
+"""What to search for."""
 _Title = Annotated[
-    Storable,
+    str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=200),
+    AfterValidator(_storable),
     Field(examples=["Service discovery with Consul"]),
 ]
 _Text = Annotated[
-    Storable,
+    str,
     StringConstraints(max_length=100_000),
+    AfterValidator(_storable),
     Field(examples=["Services register themselves with Consul and call each other by name."]),
 ]
-_Tag = Annotated[Storable, StringConstraints(strip_whitespace=True, min_length=1, max_length=50)]
-_Tags = Annotated[list[_Tag], AfterValidator(_distinct), Field(max_length=20, examples=[["consul", "discovery"]])]
+_Tag = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=50), AfterValidator(_storable)]
+_Tags = Annotated[list[_Tag], Field(max_length=20, examples=[["consul", "discovery"]]), AfterValidator(_distinct)]
 
 
 class CardDraft(BaseModel):

@@ -1,0 +1,105 @@
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import httpx
+import pytest
+from sqlalchemy import create_mock_engine
+from sqlalchemy.schema import ExecutableDDLElement
+
+from backend.database import Database, DatabaseUnavailableError
+from backend.models import Base
+
+Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
+
+
+async def test_replicas_that_start_at_once_share_one_file(database_file: Path) -> None:
+    """Ten replicas that create the tables at the same moment all come up."""
+    databases = [Database(f"sqlite:///{database_file}") for _ in range(10)]
+    async with asyncio.TaskGroup() as group:
+        for database in databases:
+            group.create_task(database.create_tables())
+    for database in databases:
+        await database.ping()
+        await database.aclose()
+
+
+class FirstWarning(logging.Handler):
+    """Tells when something was logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.seen = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.set()
+
+
+async def test_a_start_waits_for_the_database(database_file: Path) -> None:
+    """A database that is not ready yet is asked again, and the start goes through once it is."""
+    warning = FirstWarning()
+    logging.getLogger("backend").addHandler(warning)
+    blocker = sqlite3.connect(database_file, isolation_level=None)
+    blocker.execute("BEGIN EXCLUSIVE")
+    database = Database(f"sqlite:///{database_file}", timeout=0.05)
+    starting = asyncio.create_task(database.create_tables())
+    async with asyncio.timeout(10):
+        await warning.seen.wait()
+        assert not starting.done()
+        blocker.close()
+        await starting
+    logging.getLogger("backend").removeHandler(warning)
+    await database.ping()
+    await database.aclose()
+
+
+async def test_an_unreachable_database_is_a_clear_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A start that can't succeed says so, whatever the driver raises, and keeps the password to itself."""
+    database = Database("postgresql://user:secret@127.0.0.1:1/cards", start_seconds=0.1)
+    with pytest.raises(DatabaseUnavailableError, match="can't be set up") as caught:
+        await database.create_tables()
+    assert "secret" not in str(caught.value) + caplog.text
+    await database.aclose()
+
+
+async def test_a_locked_database_is_503_and_recovers(replica: Replica, database_file: Path) -> None:
+    """While another process holds the write lock, writing is 503 within the time-out; then it works again."""
+    backend = await replica(database_timeout=0.1)
+    blocker = sqlite3.connect(database_file, isolation_level=None)
+    blocker.execute("BEGIN EXCLUSIVE")
+    answer = await backend.post("/api/publish", json={"title": "t", "text": "t"})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.json() == {"detail": "The database can't be reached: try again in a moment"}
+    assert (await backend.get("/api/cards")).json()["total"] == 0
+    blocker.close()
+    assert (await backend.post("/api/publish", json={"title": "t", "text": "t"})).status_code == 201
+
+
+async def test_health_names_the_sick_database(replica: Replica, database_file: Path) -> None:
+    """Healthy is 200; a database without its tables is 503, and the body says which component it is."""
+    backend = await replica()
+    healthy = await backend.get("/health")
+    assert (healthy.status_code, healthy.json()["components"]) == (200, {"database": {"status": "healthy"}})
+    connection = sqlite3.connect(database_file)
+    connection.execute("DROP TABLE cards")
+    connection.close()
+    sick = await backend.get("/health")
+    assert sick.status_code == 503
+    assert sick.json()["components"]["database"]["status"] == "unhealthy"
+
+
+def test_the_tables_are_postgres_tables_too() -> None:
+    """Postgres gets 64-bit ids that count up, and no type of SQLite's."""
+    statements: list[str] = []
+
+    def keep(statement: ExecutableDDLElement, *_: object) -> None:
+        statements.append(str(statement.compile(dialect=engine.dialect)))
+
+    engine = create_mock_engine("postgresql+asyncpg://", keep)
+    Base.metadata.create_all(engine, checkfirst=False)
+    cards, publications = sorted(statements)
+    assert "id BIGSERIAL NOT NULL" in cards
+    assert "key VARCHAR(200) NOT NULL" in publications
