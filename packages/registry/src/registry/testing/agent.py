@@ -27,18 +27,17 @@ _STOP_SECONDS = 5.0
 # closes it kills that process and removes the directory. PR_SET_PDEATHSIG would be shorter, but it is Linux
 # only and fires when the *thread* that started the agent ends.
 _GUARD = """
-import os, shutil, signal, sys, time
+import contextlib, os, shutil, signal, sys, time
 pid = 0
 for line in sys.stdin:
     pid = int(line)
-deadline = time.monotonic() + 5
-while pid and time.monotonic() < deadline:
-    try:
+if pid:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        break
-    time.sleep(0.02)
-shutil.rmtree(sys.argv[1], ignore_errors=True)
+deadline = time.monotonic() + 5
+while os.path.exists(sys.argv[1]) and time.monotonic() < deadline:
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    time.sleep(0.01)
 """
 
 
@@ -225,9 +224,7 @@ def running_agent(
     Raises: ConsulNotFoundError, ConsulStartError.
     """
     if http_port is not None and not is_free(http_port, socket.SOCK_STREAM):
-        raise ConsulStartError(
-            f"Port {http_port} is taken by another program: stop it, or choose another port."
-        )
+        raise ConsulStartError(f"Port {http_port} is taken by another program: stop it, or choose another port.")
     binary = binary or find_consul()
     agent = ConsulAgent(binary, Path(tempfile.mkdtemp(prefix="consul-agent-")), http_port, acl=acl)
     try:

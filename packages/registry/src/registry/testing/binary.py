@@ -52,9 +52,7 @@ def _is_executable(path: Path) -> bool:
 
 
 def _version() -> str:
-    found = re.search(
-        rf"^require {re.escape(_MODULE)} v(\S+)$", (_RECIPE / "go.mod").read_text(), re.MULTILINE
-    )
+    found = re.search(rf"^require {re.escape(_MODULE)} v(\S+)$", (_RECIPE / "go.mod").read_text(), re.MULTILINE)
     assert found, "the recipe's go.mod requires one version of Consul"
     return found[1]
 

@@ -13,7 +13,8 @@ def free_ports(count: int) -> list[int]:
     """
     # Not from the system's ephemeral range: while the agent is down, a client that keeps connecting to such a
     # port of its own host can be given that very port as its source and so reach itself.
-    candidates = iter(random.sample(range(20_000, 32_000), 1_000))
+    # And not from the seedable generator: a seeded test run would be offered the same ports again and again.
+    candidates = iter(random.SystemRandom().sample(range(20_000, 32_000), 1_000))
     kinds = socket.SOCK_STREAM, socket.SOCK_DGRAM
     free = (port for port in candidates if all(is_free(port, kind) for kind in kinds))
     return [next(free) for _ in range(count)]
