@@ -5,6 +5,8 @@ Source: https://developer.hashicorp.com/consul/commands#environment-variables
 """
 
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -24,12 +26,16 @@ def _split(value: object) -> object:
 
 
 _CONSUL_VARIABLES = {
-    "CONSUL_HOST": "host",
-    "CONSUL_PORT": "port",
-    "CONSUL_HTTP_TOKEN": "token",
-    "CONSUL_HTTP_TOKEN_FILE": "token_file",
-    "CONSUL_CACERT": "ca_file",
+    "host": "CONSUL_HOST",
+    "port": "CONSUL_PORT",
+    "token": "CONSUL_HTTP_TOKEN",
+    "token_file": "CONSUL_HTTP_TOKEN_FILE",
+    "ca_file": "CONSUL_CACERT",
 }
+# Go's strconv.ParseBool, by which Consul reads its own variables.
+_TRUE, _FALSE = {"1", "t", "true"}, {"0", "f", "false", ""}
+# What may stand in a header. A token with a line break would otherwise be quoted in somebody's error message.
+_TOKEN = re.compile(r"[!-~]*", re.ASCII)
 
 
 def _blank_is_unset(value: object) -> object:
@@ -37,31 +43,50 @@ def _blank_is_unset(value: object) -> object:
 
 
 class _ConsulEnvironment(PydanticBaseSettingsSource):
-    """Consul's variables, folded into host, port and scheme; ``CONSUL_HTTP_ADDR`` wins over host and port."""
+    """Consul's variables, folded into host, port and scheme; silent about what the arguments decide."""
+
+    def __init__(self, settings_cls: type[BaseSettings], given: Collection[str]) -> None:
+        super().__init__(settings_cls)
+        self._given = given
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         raise NotImplementedError  # every field is filled at once, in __call__
 
     def __call__(self) -> dict[str, Any]:
-        found = {field: os.environ[name] for name, field in _CONSUL_VARIABLES.items() if os.environ.get(name)}
-        if os.environ.get("CONSUL_HTTP_SSL", "").lower() in {"1", "true"}:
-            found["scheme"] = "https"
+        found: dict[str, Any] = {}
+        if not {"host", "port"} & set(self._given):
+            found |= self._address()
+        found |= self._read("host", "port", "ca_file") | found
+        if not {"token", "token_file"} & set(self._given):
+            found |= self._read("token", "token_file")
+        if "scheme" not in self._given:
+            ssl = os.environ.get("CONSUL_HTTP_SSL", "").lower()
+            if ssl not in _TRUE | _FALSE:
+                raise InvalidInputError("CONSUL_HTTP_SSL: set it to true or false")
+            found |= {"scheme": "https"} if ssl in _TRUE else {}
+        return found
+
+    def _read(self, *fields: str) -> dict[str, Any]:
+        found = {field: os.environ.get(_CONSUL_VARIABLES[field]) for field in fields}
+        return {field: value for field, value in found.items() if value}
+
+    def _address(self) -> dict[str, Any]:
+        """What ``CONSUL_HTTP_ADDR`` says; it wins over ``CONSUL_HOST`` and ``CONSUL_PORT``."""
         address = os.environ.get("CONSUL_HTTP_ADDR")
         if not address:
-            return found
-        url = urlsplit(address if "://" in address else f"//{address}")
+            return {}
         try:
-            port = url.port or 8500
+            url = urlsplit(address if "://" in address else f"//{address}")
+            host, port = url.hostname, 8500 if url.port is None else url.port
         except ValueError:
-            port = 0
-        if (
-            url.scheme not in {"", "http", "https"}
-            or not (url.hostname and port)
-            or url.path.strip("/")
-            or url.username
-        ):
+            host, port = None, 0
+        else:
+            beyond = url.path.strip("/") or url.query or url.fragment or "@" in url.netloc
+            if url.scheme not in {"", "http", "https"} or beyond:
+                host = None
+        if not (host and port):
             raise InvalidInputError("CONSUL_HTTP_ADDR: set it to host:port, http://host:port or https://host:port")
-        return {"scheme": url.scheme or "http"} | found | {"host": url.hostname, "port": port}
+        return {"scheme": url.scheme or "http", "host": host, "port": port}
 
 
 class ConsulSettings(BaseSettings):
@@ -80,7 +105,7 @@ class ConsulSettings(BaseSettings):
     token_file: Path | None = None
     ca_file: Path | None = None
     consistency: Literal["default", "consistent", "stale"] = "default"
-    timeout: float = Field(default=5.0, gt=0)
+    timeout: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Seconds that one ordinary request to Consul may take."""
 
     @classmethod
@@ -92,7 +117,7 @@ class ConsulSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _ConsulEnvironment(settings_cls)
+        return init_settings, _ConsulEnvironment(settings_cls, init_settings().keys())
 
     @field_validator("host")
     @classmethod
@@ -104,6 +129,13 @@ class ConsulSettings(BaseSettings):
     def _port(cls, port: int) -> int:
         return check_port(port)
 
+    @field_validator("token")
+    @classmethod
+    def _token(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None:
+            _check_token(token.get_secret_value(), "the token")
+        return token
+
     @property
     def url(self) -> str:
         """``scheme://host:port``."""
@@ -113,18 +145,25 @@ class ConsulSettings(BaseSettings):
     def read_token(self) -> str | None:
         """The ACL token, read anew from its file at each call, so that a rotated token is picked up. Blocks briefly.
 
-        Raises: InvalidInputError, when the file can't be read.
+        Raises: InvalidInputError, when the file can't be read or holds no token.
         """
         if self.token is not None:
             return self.token.get_secret_value()
         if self.token_file is None:
             return None
         try:
-            return self.token_file.read_text("utf-8").strip() or None
+            token = self.token_file.read_bytes().decode("ascii", "replace").strip()
         except OSError as error:
             raise InvalidInputError(
                 f"CONSUL_HTTP_TOKEN_FILE {self.token_file} can't be read ({error.strerror}): mend or unset it"
             ) from None
+        return _check_token(token, f"CONSUL_HTTP_TOKEN_FILE {self.token_file}") or None
+
+
+def _check_token(token: str, what: str) -> str:
+    if not _TOKEN.fullmatch(token):
+        raise InvalidInputError(f"{what} holds blanks, line breaks or other characters that no token has")
+    return token
 
 
 class ServiceSettings(BaseSettings):
@@ -145,7 +184,7 @@ class ServiceSettings(BaseSettings):
     weight: int = Field(default=1, ge=1, le=65535)
     drain_seconds: float = Field(default=1.5, ge=0, le=60)
     """How long the service goes on serving after it withdrew from Consul on SIGTERM."""
-    health_check_interval: float = Field(default=10.0, ge=0.5)
+    health_check_interval: float = Field(default=10.0, ge=0.5, le=86_400)
     """Seconds between Consul's checks; three failures in a row take the instance out of discovery."""
 
     @field_validator("name")
