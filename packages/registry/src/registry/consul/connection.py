@@ -16,7 +16,7 @@ from consul.exceptions import (
     NotFound,
 )
 
-from registry.errors import RegistryError, RegistryUnavailableError
+from registry.errors import InvalidInputError, RegistryError, RegistryUnavailableError
 from registry.settings import ConsulSettings
 
 __all__ = ["AsyncConsul", "SyncConsul", "consul_errors"]
@@ -29,14 +29,18 @@ Callback = Callable[[Response], Any]
 def consul_errors(settings: ConsulSettings) -> Iterator[None]:
     """Turns what py-consul and httpx raise into RegistryUnavailableError (try again) or RegistryError (refused)."""
     where = f"Consul at {settings.url}"
+
+    def brief(error: Exception) -> str:
+        return str(error) if len(str(error)) <= 300 else f"{str(error)[:300]}…"
+
     try:
         yield
     except (ACLPermissionDenied, ACLDisabled) as error:
-        raise RegistryError(f"{where} denied the request: {error}; pass a token that has this right") from error
+        raise RegistryError(f"{where} denied the request: {brief(error)}; pass a token that has this right") from error
     except (BadRequest, NotFound) as error:
-        raise RegistryError(f"{where} refused the request: {error}") from error
+        raise RegistryError(f"{where} refused the request: {brief(error)}") from error
     except (ClientError, ConsulException) as error:
-        raise RegistryUnavailableError(f"{where} answered with an error: {error}") from error
+        raise RegistryUnavailableError(f"{where} answered with an error: {brief(error)}") from error
     except httpx.TransportError as error:
         what = str(error) or type(error).__name__
         raise RegistryUnavailableError(f"{where} can't be reached: {what}; is it running?") from error
@@ -53,9 +57,16 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
         self.settings = settings
 
     def options(self) -> dict[str, Any]:
-        https = self.settings.scheme == "https"
+        verify: ssl.SSLContext | bool = False
+        if self.settings.scheme == "https":
+            try:
+                verify = ssl.create_default_context(cafile=self.settings.ca_file)
+            except OSError as error:
+                raise InvalidInputError(
+                    f"CONSUL_CACERT {self.settings.ca_file} holds no certificates that can be read ({error})"
+                ) from error
         return {
-            "verify": ssl.create_default_context(cafile=self.settings.ca_file) if https else False,
+            "verify": verify,
             "timeout": self.settings.timeout,
             "trust_env": False,  # a proxy for the outside world is none for the agent beside us
         }
@@ -82,8 +93,13 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
         }
 
     def answer(self, callback: Callback, answer: httpx.Response) -> Any:
-        path = answer.request.url.path
-        if path.startswith("/v1/health/service/") and answer.text.strip() == "[]":
+        # Consul signs whatever it says. Without that, a 404 would read as "no such service", wherever it came from.
+        if answer.status_code < 500 and not any(name.startswith("x-consul-") for name in answer.headers):
+            raise ConsulException(f"{answer.status_code} without Consul's headers: something else answers there")
+        path, text = answer.request.url.path, answer.text.strip()
+        if (path.startswith("/v1/health/service/") and text == "[]") or (
+            path == "/v1/catalog/services" and text == "{}"
+        ):
             # A token without rights gets an empty list and 200, just as a service without instances does.
             filtered = answer.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true"
             denied = answer.headers.get("X-Consul-Default-ACL-Policy") == "deny"
@@ -152,7 +168,8 @@ class SyncConsul(Consul):  # type: ignore[misc]  # py-consul has no types
 
     def __init__(self, settings: ConsulSettings) -> None:
         self.settings = settings
-        super().__init__()
+        # All of them given, so that py-consul reads none from the environment.
+        super().__init__(settings.host, settings.port, scheme=settings.scheme, verify=True)
 
     def http_connect(self, *_: Any, **__: Any) -> _SyncRequests:
         return self.requests(self.settings)
