@@ -32,7 +32,7 @@ async def _upstream(
     if trouble:
         return UpstreamHealth(service=service, status="unhealthy", words=f"{trouble}; {checks}")
     status: Status = "degraded" if failing else "healthy"
-    return UpstreamHealth(service=service, status=status, words=f"{service} works: {checks}")
+    return UpstreamHealth(service=service, status=status, words=f"{service} works; {checks}")
 
 
 async def _trouble(client: ServiceDiscoveryClient, service: str, timeout: float) -> str | None:
@@ -55,5 +55,7 @@ def _checks(registry: ServiceRegistry, service: str) -> tuple[bool, str]:
         complaints = read_complaints(registry, standing)
     except RegistryError as error:
         return False, f"its checks are unknown ({error})"
-    count = f"{len(standing.passing)} of {len(standing.instances)} instances pass their checks"
+    if not standing.instances:
+        return False, "none is registered"
+    count = f"instances that pass their checks: {len(standing.passing)} of {len(standing.instances)}"
     return bool(complaints), "; ".join([count, *(f"{name}: {why}" for name, why in complaints.items())])

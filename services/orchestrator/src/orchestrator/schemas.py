@@ -102,7 +102,7 @@ class UpstreamHealth(BaseModel):
 
     service: str = Field(examples=["backend-api"])
     status: Status = Field(description="degraded: it works, but an instance does not.")
-    words: str = Field(examples=["backend-api works: 3 of 3 instances pass their checks"])
+    words: str = Field(examples=["backend-api works; instances that pass their checks: 3 of 3"])
 
 
 class HealthReport(BaseModel):

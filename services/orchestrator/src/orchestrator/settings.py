@@ -12,5 +12,5 @@ class Settings(ServiceSettings):
     port: int = 8003
     upstream_timeout: float = Field(default=5.0, gt=0)
     """Seconds that one attempt of a call to another service may take."""
-    health_timeout: float = Field(default=3.0, gt=0)
-    """Seconds that one upstream may take to say how it is."""
+    health_timeout: float = Field(default=4.0, gt=0)
+    """Seconds that one upstream may take to say how it is; enough for the three attempts of a call that is refused."""

@@ -65,4 +65,4 @@ def complaint(output: str) -> str:
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         sick = []
-    return ", ".join(sick) or output.strip()[:200] or "not checked yet"
+    return ", ".join(sick) or output.strip()[:200] or "no reason given"
