@@ -1,17 +1,160 @@
-"""Which instance takes the next attempt."""
+"""Which instance takes the next attempt: policies over endpoints, an endpoint being an instance and its load.
 
+Nothing here blocks, locks or sends; a clock reading is the only input besides what was reported.
+"""
+
+import math
 import random
-from collections.abc import Callable, Collection
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
-from registry.model import Instance, Snapshot
+from registry.errors import InvalidInputError
+from registry.model import Instance
 
-__all__ = ["Pick", "random_pick"]
+__all__ = ["Candidates", "Endpoint", "Pick", "named_pick", "power_of_two_choices", "random_choice", "round_robin"]
 
-Pick = Callable[[Snapshot, Collection[Instance]], Instance | None]
-"""``pick(snapshot, tried)``: an instance that is not among the tried ones, None when all are. Never blocks."""
+DECAY = 3.0
+"""Seconds after which an old latency counts for 1/e; a slow instance is tried again after about four of them."""
+_FLOOR = 1e-4
+"""Seconds below which latencies are noise, so that in-flight requests decide among fast instances."""
 
 
-def random_pick(snapshot: Snapshot, tried: Collection[Instance]) -> Instance | None:
-    """Any untried instance, each with the same chance."""
-    untried = [instance for instance in snapshot if instance not in tried] if tried else snapshot
-    return random.choice(untried) if untried else None
+class Endpoint:
+    """One instance as this process sees it: what is under way there and how it has answered."""
+
+    __slots__ = (
+        "_latency",
+        "_updated",
+        "ejected_at",
+        "ejected_until",
+        "ejections",
+        "failures",
+        "instance",
+        "picks",
+        "refusals",
+        "started",
+    )
+
+    def __init__(self, instance: Instance, latency: float = 0.0, picks: float = 0.0, now: float = 0.0) -> None:
+        self.instance = instance
+        self.started: dict[object, float] = {}
+        """One entry per attempt under way, oldest first: its start."""
+        self.picks = picks
+        """How often it was picked, for shares; a newcomer starts at the others' mean, or it would be flooded."""
+        self.failures = 0
+        """Failures in a row."""
+        self.refusals = 0
+        """Refused connections in a row."""
+        self.ejections = 0
+        """How often it was ejected for failures, lately."""
+        self.ejected_at = -math.inf
+        self.ejected_until = 0.0
+        """0: not ejected."""
+        self._latency = latency
+        self._updated = now
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts under way."""
+        return len(self.started)
+
+    def latency(self, now: float) -> float:
+        """Seconds that an answer takes: a decaying average that jumps to every peak, or the age of the oldest attempt.
+
+        Source: "peak EWMA",
+        https://github.com/twitter/finagle/blob/develop/finagle-core/src/main/scala/com/twitter/finagle/loadbalancer/PeakEwma.scala
+        """
+        decayed = self._latency * math.exp((self._updated - now) / DECAY)
+        if self.started:
+            # An instance that hangs has nothing to report: its silence is the sample.
+            return max(decayed, now - next(iter(self.started.values())))
+        return decayed
+
+    def observe(self, seconds: float, now: float) -> None:
+        """An answer took so long."""
+        weight = math.exp((self._updated - now) / DECAY)
+        self._latency = max(seconds, self._latency * weight + seconds * (1 - weight))
+        self._updated = now
+
+    def cost(self, now: float) -> float:
+        """What one more attempt here would wait for, relative to the instance's weight."""
+        return (len(self.started) + 1) * (self.latency(now) + _FLOOR) / self.instance.weight
+
+
+class Candidates(list[Endpoint]):
+    """The endpoints that may be picked, never empty when a policy sees them; built once per change, not per call."""
+
+    def __init__(self, endpoints: Sequence[Endpoint] = ()) -> None:
+        super().__init__(endpoints)
+        weights = [endpoint.instance.weight for endpoint in endpoints]
+        self._cumulative = list(accumulate(weights)) if len(set(weights)) > 1 else None
+
+    def sample(self) -> Endpoint:
+        """Any of them, each with a chance in proportion to its weight."""
+        return self[self._index()]
+
+    def sample_two(self) -> tuple[Endpoint, Endpoint]:
+        """Two different ones; there must be two."""
+        one, size = self._index(), len(self)
+        if self._cumulative is None:
+            two = int(random.random() * (size - 1))
+            return self[one], self[two + (two >= one)]
+        two = self._index()
+        return self[one], self[two if two != one else (one + 1 + int(random.random() * (size - 1))) % size]
+
+    def _index(self) -> int:
+        if self._cumulative is not None:
+            return bisect(self._cumulative, random.random() * self._cumulative[-1])
+        return int(random.random() * len(self))
+
+
+Pick = Callable[[Candidates, float], Endpoint]
+"""``pick(candidates, now)``: one of them. Called once per attempt; must not block. ``now``: ``time.monotonic()``."""
+
+
+def power_of_two_choices(candidates: Candidates, now: float) -> Endpoint:
+    """The cheaper of two random ones; the one picked less often when they cost about the same.
+
+    Source: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    one, two = candidates.sample_two()
+    cost_one, cost_two = one.cost(now), two.cost(now)
+    # Less than twofold is noise; to follow it would give the fastest instance of a fast fleet most of the traffic.
+    if cost_one >= 2 * cost_two:
+        return two
+    if cost_two >= 2 * cost_one:
+        return one
+    return one if one.picks / one.instance.weight <= two.picks / two.instance.weight else two
+
+
+def random_choice(candidates: Candidates, now: float) -> Endpoint:
+    """Any, in proportion to the weights."""
+    return candidates.sample()
+
+
+def round_robin() -> Pick:
+    """A policy that takes one after the other from a random start, whatever their weights. One per upstream."""
+    turn = random.randrange(1 << 30)
+
+    def pick(candidates: Candidates, now: float) -> Endpoint:
+        nonlocal turn
+        turn += 1
+        return candidates[turn % len(candidates)]
+
+    return pick
+
+
+def named_pick(policy: str | Pick) -> Pick:
+    """A policy for one upstream: ``"p2c"``, ``"random"``, ``"round_robin"`` or your own. Raises: InvalidInputError."""
+    if callable(policy):
+        return policy
+    if policy == "p2c":
+        return power_of_two_choices
+    if policy == "random":
+        return random_choice
+    if policy == "round_robin":
+        return round_robin()
+    raise InvalidInputError(f"{policy!r} is no balancing policy: pass 'p2c', 'random', 'round_robin' or a function")

@@ -2,20 +2,23 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import httpx
 
-from registry.balancing import Pick, random_pick
+from registry.balancing import Pick
 from registry.errors import InvalidInputError
 from registry.resolver import Resolver
 from registry.retry import RetryPolicy
 from registry.transport import DiscoveryTransport
-from registry.validation import check_path, check_service, check_tag
+from registry.upstream import Explanation
+from registry.validation import check_path, check_service
 
 __all__ = ["ServiceDiscoveryClient"]
 
+_METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH"})
 _METHOD = re.compile(r"[A-Z]{1,32}", re.ASCII)
 _UNSAFE_IN_HEADER = re.compile(r"[\r\n\0]")
 _MAX_CONNECT = 2.0
@@ -42,7 +45,8 @@ class ServiceDiscoveryClient:
         retry_delay: float = 1.0,
         *,
         deadline: float | None = None,
-        pick: Pick = random_pick,
+        policy: str | Pick = "p2c",
+        hedge: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         if timeout <= 0 or retry_delay < 0 or max_retries < 1 or (deadline is not None and deadline <= 0):
@@ -50,14 +54,20 @@ class ServiceDiscoveryClient:
                 "timeout and deadline are seconds above 0, retry_delay is 0 or more, max_retries is 1 or more"
             )
         self._timeout = timeout
-        discovery = DiscoveryTransport(
+        self._hedge = hedge
+        self._transport = DiscoveryTransport(
             registry if isinstance(registry, Resolver) else registry.resolver(),
             retry=RetryPolicy(max_retries, retry_delay),
             deadline=2 * timeout if deadline is None else deadline,
-            pick=pick,
+            policy=policy,
             transport=transport,
         )
-        self._http = httpx.AsyncClient(transport=discovery, timeout=_timeouts(timeout), follow_redirects=True)
+        self.http = httpx.AsyncClient(transport=self._transport, timeout=_timeouts(timeout), follow_redirects=True)
+        """The httpx client over the same transport, for what the facade does not offer: streams, hooks, auth.
+
+        URLs are ``http://<service name>/path``. Hooks and auth set here hold for the facade's calls too.
+        """
+        self._timeouts = {timeout: _timeouts(timeout).as_dict()}
 
     async def call_service(
         self,
@@ -71,41 +81,55 @@ class ServiceDiscoveryClient:
         data: Any = None,
         *,
         idempotent: bool | None = None,
+        hedge: bool | None = None,
         timeout: float | None = None,
         **kwargs: Any,
     ) -> httpx.Response:
         """The answer of one instance of the service, its body read; other keywords go to ``httpx.AsyncClient.request``.
 
         ``path`` starts with ``/`` and may carry a query. ``idempotent=True``: this request may be sent twice, whatever
-        its method. ``timeout``: seconds for one attempt, instead of the client's. Cancelling it cancels the attempt.
+        its method. ``hedge=True``: when the answer takes longer than 95 % of the last ones, ask another instance too
+        and take the first answer; idempotent requests only. ``timeout``: seconds for one attempt, instead of the
+        client's. Cancelling the call cancels its attempts.
 
         Raises: httpx.HTTPStatusError for a 4xx at once and for a 5xx after the last attempt; httpx.TransportError
         after the last attempt; ServiceNotFoundError (a ValueError), NoHealthyInstanceError, RegistryUnavailableError;
         InvalidInputError before anything is sent.
         """
-        check_service(service_name)
-        check_path(path)
-        if not _METHOD.fullmatch(method.upper()):
-            raise InvalidInputError(f"{method!r} is not an HTTP method: pass GET, POST, PUT, PATCH, DELETE or another")
+        url = _url(service_name, path)
+        method = method if method in _METHODS else _check_method(method)
         for name, value in (headers or {}).items():
-            if _UNSAFE_IN_HEADER.search(name + str(value)):
+            if _UNSAFE_IN_HEADER.search(f"{name}{value}"):
                 raise InvalidInputError(f"header {name!r} holds a line break or NUL: remove it")
-        extensions = dict(kwargs.pop("extensions", None) or {})
-        if tag is not None:
-            extensions["tag"] = check_tag(tag)
+        extensions: dict[str, Any] = {"tag": tag, "hedge": self._hedge if hedge is None else hedge}
         if idempotent is not None:
             extensions["idempotent"] = idempotent
-        response = await self._http.request(
-            method.upper(),
-            f"http://{service_name}{path}",
-            headers=headers,
-            params=params,
-            json=json,
-            data=data,
-            extensions=extensions,
-            timeout=_timeouts(self._timeout if timeout is None else timeout),
-            **kwargs,
-        )
+        limit = self._timeout if timeout is None else timeout
+        extensions["timeout"] = self._timeouts.get(limit) or _timeouts(limit).as_dict()
+        if params is not None:
+            url = url.copy_merge_params(params)
+        http = self.http
+        if kwargs or http.auth is not None or http.event_hooks["request"] or http.event_hooks["response"]:
+            sending = {key: kwargs.pop(key) for key in ("auth", "follow_redirects") if key in kwargs}
+            extensions |= kwargs.pop("extensions", None) or {}
+            request = http.build_request(
+                method, url, headers=headers, json=json, data=data, extensions=extensions, **kwargs
+            )
+            response = await http.send(request, **sending)
+        else:
+            request = httpx.Request(
+                method,
+                url,
+                headers=http.headers if headers is None else {**http.headers, **httpx.Headers(headers)},
+                json=json,
+                data=data,
+                extensions=extensions,
+            )
+            # The short way: through the same transport, without httpx's client around it.
+            response = await self._transport.send(request, read=True, limit=limit)
+            if response.has_redirect_location:
+                extensions["answered"] = response
+                response = await http.send(request)
         try:
             return response.raise_for_status() if response.is_error else response
         except httpx.HTTPStatusError as error:
@@ -133,9 +157,13 @@ class ServiceDiscoveryClient:
         """``call_service`` with PATCH: sent again only if it can't have been seen, or may be sent twice."""
         return await self.call_service(service_name, path, "PATCH", **kwargs)
 
+    def explain(self, service_name: str, tag: str | None = None) -> Explanation:
+        """Why an instance of the service would be chosen or not, as this process sees it now. Memory only."""
+        return self._transport.explain(service_name, tag)
+
     async def aclose(self) -> None:
         """Closes all connections and ends the watches."""
-        await self._http.aclose()
+        await self.http.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -148,3 +176,14 @@ class ServiceDiscoveryClient:
 
 def _timeouts(seconds: float) -> httpx.Timeout:
     return httpx.Timeout(seconds, connect=min(seconds, _MAX_CONNECT))
+
+
+@lru_cache(maxsize=1024)
+def _url(service: str, path: str) -> httpx.URL:
+    return httpx.URL(f"http://{check_service(service)}{check_path(path)}")
+
+
+def _check_method(method: str) -> str:
+    if not _METHOD.fullmatch(method.upper()):
+        raise InvalidInputError(f"{method!r} is not an HTTP method: pass GET, POST, PUT, PATCH, DELETE or another")
+    return method.upper()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-__all__ = ["Instance", "ServiceHealth", "Snapshot"]
+__all__ = ["Instance", "ServiceHealth", "Snapshot", "View"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +51,19 @@ class ServiceHealth:
     """Check id → status."""
     outputs: Mapping[str, str]
     """Check id → what the check saw last."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How fresh a resolver's view of one service is, and where it is from."""
+
+    source: str
+    """Who said it."""
+    age: float | None
+    """Seconds since the source last said anything but an error; None: never. A parked question is silence too."""
+    changed: float | None
+    """Seconds since the list last changed; None: never."""
+    registered: int | None
+    """How many instances are registered, usable or not; None: unknown."""
+    error: str | None
+    """Why the source does not answer now; None: it does, or was not asked."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from registry.errors import ServiceNotFoundError
-from registry.model import Instance, Snapshot
+from registry.model import Instance, Snapshot, View
 
 __all__ = ["Resolver", "StaticResolver"]
 
@@ -20,6 +20,10 @@ class Resolver(Protocol):
 
         Raises: ServiceNotFoundError, NoHealthyInstanceError, RegistryUnavailableError.
         """
+        ...
+
+    def view(self, service: str, tag: str | None = None) -> View:
+        """How fresh the answer is and where it is from. Memory only, never blocks, raises nothing."""
         ...
 
     async def ready(self, service: str, tag: str | None = None) -> None:
@@ -51,6 +55,10 @@ class StaticResolver:
         if not instances:
             raise ServiceNotFoundError(service)
         return instances
+
+    def view(self, service: str, tag: str | None = None) -> View:
+        """Always fresh: it never changes."""
+        return View("static", 0.0, None, len(self._services.get(service, ())), None)
 
     async def ready(self, service: str, tag: str | None = None) -> None:
         """Returns at once: everything is known from the start."""

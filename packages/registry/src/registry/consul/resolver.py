@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from registry.consul.connection import AsyncConsul
 from registry.consul.watch import Watch
 from registry.errors import RegistryUnavailableError
-from registry.model import Snapshot
+from registry.model import Snapshot, View
 from registry.settings import ConsulSettings
 from registry.validation import check_service, check_tag
 
@@ -47,6 +47,13 @@ class ConsulResolver:
             return None
         watch.asked_at = time.monotonic()
         return watch.passing()
+
+    def view(self, service: str, tag: str | None = None) -> View:
+        """How fresh the answer is, and what Consul said last."""
+        watch = self._watches.get((service, tag))
+        if watch is None:
+            return View(self.settings.url, None, None, None, None)
+        return watch.view()
 
     async def ready(self, service: str, tag: str | None = None) -> None:
         watch = self._watch(service, tag)

@@ -17,7 +17,7 @@ from registry.errors import (
     RegistryUnavailableError,
     ServiceNotFoundError,
 )
-from registry.model import Snapshot
+from registry.model import Snapshot, View
 from registry.retry import Backoff
 
 __all__ = ["Watch"]
@@ -64,6 +64,17 @@ class Watch:
         if self.error is not None:
             raise type(self.error)(*self.error.args) from self.error
         return None
+
+    def view(self) -> View:
+        """How fresh all this is."""
+        now, heard, changed = time.monotonic(), self.heard_at, self.changed_at
+        return View(
+            source=self._consul.settings.url,
+            age=None if heard is None else now - heard,
+            changed=None if changed is None else now - changed,
+            registered=None if heard is None else self.registered,
+            error=None if self.error is None else str(self.error),
+        )
 
     async def step(self) -> None:
         """One query: parks until something changed, an error came or ``WAIT`` is over. Raises only CancelledError."""

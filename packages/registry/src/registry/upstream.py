@@ -1,0 +1,113 @@
+"""One service that is called: who can take the next attempt, what retries may cost, and why."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+from statistics import quantiles
+
+from registry.balancing import Endpoint
+from registry.errors import RegistryError, RegistryUnavailableError
+from registry.model import View
+from registry.pool import Pool
+from registry.resolver import Resolver
+from registry.retry import RetryBudget
+
+__all__ = ["EndpointState", "Explanation", "Upstream"]
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointState:
+    """One instance as this process sees it. Times in seconds from now."""
+
+    id: str
+    netloc: str
+    weight: int
+    in_flight: int
+    latency: float
+    picks: int
+    """How often it was picked, a newcomer being credited with the others' mean."""
+    failures: int
+    """Failures in a row."""
+    ejected_for: float
+    """How long it will not be picked; 0: it is not ejected."""
+    listed: bool
+    """False: gone from the registry, and asked only if nothing else is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why an instance would be chosen or not."""
+
+    service: str
+    endpoints: tuple[EndpointState, ...]
+    failing_fast_for: float
+    """How long calls are turned away because every instance fails; 0: they are not."""
+    view: View
+    """How fresh the list is, and what the registry said last."""
+
+
+class Upstream:
+    """Joins the resolver's view of one (service, tag) to the pool that picks from it."""
+
+    def __init__(self, resolver: Resolver, pool: Pool, tag: str | None) -> None:
+        self.pool = pool
+        self.budget = RetryBudget()
+        self.latencies: deque[float] = deque(maxlen=256)
+        self._resolver = resolver
+        self._tag = tag
+
+    async def pick(self, tried: Collection[Endpoint], *, safe: bool) -> Endpoint | None:
+        """An untried endpoint; None when all were tried. Waits only for the first answer about a service.
+
+        Raises: RegistryError, when nothing was tried and there is nobody to try.
+        """
+        pool, absence = self.pool, None
+        try:
+            snapshot = self._resolver.resolve(pool.service, self._tag)
+            if snapshot is None:
+                await self._resolver.ready(pool.service, self._tag)
+                snapshot = self._resolver.resolve(pool.service, self._tag)
+                if snapshot is None:
+                    raise RegistryUnavailableError(f"nothing is known about '{pool.service}' yet")
+        except RegistryError as error:
+            # Nobody is listed, but those listed before may still answer.
+            snapshot, absence = (), error
+        if snapshot is not pool.snapshot:
+            pool.update(snapshot)
+        endpoint = pool.pick(tried, safe=safe)
+        if endpoint is None and not tried:
+            # A caller that loops on "nobody there" must not starve the event loop that would bring better news.
+            await asyncio.sleep(0)
+            raise absence or pool.unavailable()
+        return endpoint
+
+    def p95(self) -> float | None:
+        """Seconds within which 95 % of the last answers came; None when too few have come to say."""
+        return quantiles(self.latencies, n=20)[-1] if len(self.latencies) >= 20 else None
+
+    def explain(self) -> Explanation:
+        """The state of every endpoint, listed first, then by id."""
+        now, pool = time.monotonic(), self.pool
+        endpoints = [(endpoint, True) for endpoint in pool.endpoints.values()]
+        endpoints += [(endpoint, False) for endpoint, _ in pool.gone.values()]
+        return Explanation(
+            service=pool.service,
+            endpoints=tuple(
+                EndpointState(
+                    id=endpoint.instance.id,
+                    netloc=endpoint.instance.netloc,
+                    weight=endpoint.instance.weight,
+                    in_flight=endpoint.in_flight,
+                    latency=endpoint.latency(now),
+                    picks=round(endpoint.picks),
+                    failures=endpoint.failures,
+                    ejected_for=max(0.0, endpoint.ejected_until - now),
+                    listed=listed,
+                )
+                for endpoint, listed in endpoints
+            ),
+            failing_fast_for=pool.failing_fast_for,
+            view=self._resolver.view(pool.service, self._tag),
+        )
