@@ -179,20 +179,15 @@ async def test_what_fails_behind_the_front_door_is_told_in_words(
     assert ("Retry-After" in answer.headers) == (status == 503)
 
 
-class Failing:
+class Failing(StaticResolver):
     """A resolver that always gives the same error."""
 
     def __init__(self, error: registry.RegistryError) -> None:
+        super().__init__({})
         self.error = error
 
     def resolve(self, service: str, tag: str | None = None) -> Snapshot:
         raise self.error
-
-    async def ready(self, service: str, tag: str | None = None) -> None:
-        return
-
-    async def aclose(self) -> None:
-        return
 
 
 @pytest.mark.parametrize(
