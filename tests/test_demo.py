@@ -55,16 +55,21 @@ def demo(
             process.kill()
 
 
-def left_running(temporary: Path) -> list[str]:
-    """Command lines of the processes that a demo with this directory started."""
+def processes_of(temporary: Path) -> list[psutil.Process]:
+    """What a demo with this directory started, and still runs."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("TMPDIR") == str(temporary) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
+                found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
+
+
+def left_running(temporary: Path) -> list[str]:
+    """Their names, for a message."""
+    return [str(process) for process in processes_of(temporary)]
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
@@ -130,18 +135,25 @@ def test_dead_service_shows_the_end_of_its_log(ports: list[int], temporary: Path
     assert left_running(temporary) == []
 
 
-def test_ctrl_c_stops_everything(ports: list[int], temporary: Path, consul_binary: Path) -> None:
-    """The demo stays up and answers until SIGINT; then it says that it stops, exits 0 and nothing is left."""
+def test_up_until_ctrl_c(ports: list[int], temporary: Path, consul_binary: Path) -> None:
+    """The demo answers until SIGINT, no call fails when a backend is killed, and then everything ends, exit code 0."""
     with demo(ports=ports, temporary=temporary, consul=consul_binary) as process:
         read_until(process, "Ctrl-C stops everything")
         for port in ports[1:]:
             assert httpx.get(f"http://localhost:{port}/health").json()["status"] == "healthy"
             assert httpx.get(f"http://localhost:{port}/docs").is_success
         assert "Consul" in httpx.get(f"http://localhost:{ports[0]}/ui/").text
+        served = ["backend.main:app", "--port", str(ports[2])]
+        [backend] = [found for found in processes_of(temporary) if found.cmdline()[-3:] == served]
+        backend.kill()
+        path = f"/v1/agent/health/service/id/backend-api-127.0.0.1-{ports[2]}"
+        wait_until(lambda: httpx.get(f"http://localhost:{ports[0]}{path}").status_code == 503)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
         assert (process.returncode, errors) == (0, "")
     assert "Stopping" in output
+    assert "ended (-9)" in output
+    assert re.search(r"\b0 of [1-9]\d+ calls failed", output)
     assert left_running(temporary) == []
     assert list(temporary.iterdir()) == []
 

@@ -77,7 +77,7 @@ def _wait_until_passing(system: System, live: Live) -> None:
                 f"The end of its log {dead.log}:\n{dead.log_tail()}"
             )
         if time.monotonic() > deadline:
-            waiting = ", ".join(f"{row.service} on port {row.port}" for row in rows if row.health != "passing")
+            waiting = ", ".join(row.instance for row in rows if row.health != "passing")
             raise DemoError(
                 f"Not passing after {_START_SECONDS:.0f} s: {waiting}. The logs are in {system.processes.directory}."
             )
@@ -95,7 +95,8 @@ def _print_urls(ports: Ports, console: Console) -> None:
 
 
 def _stay_until_interrupted(system: System, path: str, live: Live, console: Console) -> None:
-    console.print(f"\nThe logs are in {system.processes.directory}. Ctrl-C stops everything.", soft_wrap=True)
+    console.print(f"\nThe logs are in {system.processes.directory}.", soft_wrap=True)
+    console.print("Kill a backend-api (kill -9 and its pid) and see what callers notice. Ctrl-C stops everything.")
     try:
         asyncio.run(stay(system, path, live))
     except KeyboardInterrupt:

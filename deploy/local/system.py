@@ -2,7 +2,6 @@
 
 import socket
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rich.table import Table
@@ -51,10 +50,9 @@ class Ports:
 class Row:
     """One process, as it stands."""
 
-    service: str
-    port: int
     instance: str
-    """Its id in Consul; empty while Consul does not know it."""
+    """Its id in Consul, else its service and port."""
+    pid: int
     health: str
     """``starting``, what Consul says, or how the process ended."""
 
@@ -76,10 +74,9 @@ class System:
     def start(self) -> None:
         """Starts every process at once; they register as soon as Consul is there."""
         ports = [
-            ("backend-api", self.ports.backend),
-            ("research-api", self.ports.research),
             ("orchestrator-api", self.ports.orchestrator),
-            *(("backend-api", port) for port in free_ports(2)),
+            ("research-api", self.ports.research),
+            *(("backend-api", port) for port in (self.ports.backend, *free_ports(2))),
         ]
         for service, port in ports:
             environment = clean_environment(
@@ -92,7 +89,7 @@ class System:
             self.processes.start(service, uvicorn_command(SERVICES[service], port), port, environment)
 
     def rows(self) -> list[Row]:
-        """How every process stands, sorted by service and port."""
+        """How every process stands, those of one service together."""
         known = {}
         try:
             for service in SERVICES:
@@ -101,14 +98,12 @@ class System:
                     known[instance.port] = instance.id, health.status if health else "starting"
         except RegistryUnavailableError:
             known = {}
-        return sorted(self._rows(known), key=lambda row: (row.service, row.port))
+        return [self._row(process, *known.get(process.port, (None, "starting"))) for process in self.processes]
 
-    def _rows(self, known: dict[int, tuple[str, str]]) -> Iterator[Row]:
-        for process in self.processes:
-            instance, health = known.get(process.port, ("", "starting"))
-            if process.exit_code is not None:
-                health = f"ended ({process.exit_code})"
-            yield Row(process.service, process.port, instance, health)
+    def _row(self, process: Process, instance: str | None, health: str) -> Row:
+        if process.exit_code is not None:
+            health = f"ended ({process.exit_code})"
+        return Row(instance or f"{process.service} on port {process.port}", process.popen.pid, health)
 
     def dead(self) -> Process | None:
         """A process that has ended, None while all run."""
@@ -117,12 +112,9 @@ class System:
     def table(self, rows: list[Row], caption: str = "") -> Table:
         """The rows for people."""
         table = Table(title="Services", title_justify="left", caption=caption, caption_justify="left")
-        for heading in ("service", "instance", "health"):
-            table.add_column(heading, no_wrap=True)
-        table.add_column("answered", justify="right")
+        for heading in ("instance", "pid", "health", "answered"):
+            table.add_column(heading, no_wrap=True, justify="right" if heading in {"pid", "answered"} else "left")
         for row in rows:
             health = Text(row.health, _COLOURS.get(row.health, "red"))
-            table.add_row(
-                row.service, row.instance or f"on port {row.port}", health, str(self.answered[row.instance] or "")
-            )
+            table.add_row(row.instance, str(row.pid), health, str(self.answered[row.instance] or ""))
         return table

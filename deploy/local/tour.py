@@ -1,8 +1,6 @@
 """What the demo shows: a card published through the front door, ten calls by name, and what happens from then on."""
 
 import asyncio
-import itertools
-from collections.abc import Collection
 from typing import Any
 
 import httpx
@@ -11,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 
 from processes import DemoError
-from registry import Instance, RegistryError, ServiceDiscoveryClient, Snapshot
+from registry import RegistryError, ServiceDiscoveryClient
 from system import System
 
 __all__ = ["show_tour", "stay"]
@@ -32,17 +30,6 @@ _PAUSE = 0.5
 """Seconds between two calls, and between two looks at Consul, while the demo stays up."""
 
 
-class _TakeTurns:
-    """One instance after the other, so that ten calls show them all."""
-
-    def __init__(self) -> None:
-        self._turn = itertools.count()
-
-    def __call__(self, snapshot: Snapshot, tried: Collection[Instance]) -> Instance | None:
-        untried = [instance for instance in snapshot if instance not in tried]
-        return untried[next(self._turn) % len(untried)] if untried else None
-
-
 async def show_tour(system: System, console: Console) -> str:
     """Publishes and enriches a card through orchestrator-api, calls backend-api ten times by name; the card's path.
 
@@ -55,7 +42,7 @@ async def show_tour(system: System, console: Console) -> str:
     console.print(_card_table(card, enriched))
     path = f"/api/cards/{card['id']}"
     calls = Table("call", "answered by", title="Ten calls by name", title_justify="left")
-    async with ServiceDiscoveryClient(system.registry, pick=_TakeTurns()) as client:
+    async with ServiceDiscoveryClient(system.registry, policy="round_robin") as client:
         for number in range(1, 11):
             calls.add_row(f"{number}", await _call(client, path, system))
     console.print(calls)
