@@ -18,6 +18,7 @@ from registry.validation import check_path, check_service
 
 __all__ = ["ServiceDiscoveryClient"]
 
+_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH"})
 _METHOD = re.compile(r"[A-Z]{1,32}", re.ASCII)
 _UNSAFE_IN_HEADER = re.compile(r"[\r\n\0]")
@@ -65,8 +66,11 @@ class ServiceDiscoveryClient:
         self.http = httpx.AsyncClient(transport=self._transport, timeout=_timeouts(timeout), follow_redirects=True)
         """The httpx client over the same transport, for what the facade does not offer: streams, hooks, auth.
 
-        URLs are ``http://<service name>/path``. Hooks and auth set here hold for the facade's calls too.
+        URLs are ``http://<service name>/path``. Of what is set here, hooks and auth hold for the facade's calls too.
         """
+        self._default_headers = lru_cache(maxsize=256)(
+            lambda service: httpx.Headers({"Host": service, **self.http.headers})
+        )
         self._timeouts = {timeout: _timeouts(timeout).as_dict()}
 
     async def call_service(
@@ -117,14 +121,7 @@ class ServiceDiscoveryClient:
             )
             response = await http.send(request, **sending)
         else:
-            request = httpx.Request(
-                method,
-                url,
-                headers=http.headers if headers is None else {**http.headers, **httpx.Headers(headers)},
-                json=json,
-                data=data,
-                extensions=extensions,
-            )
+            request = self._request(method, service_name, url, headers, json, data, extensions)
             # The short way: through the same transport, without httpx's client around it.
             response = await self._transport.send(request, read=True, limit=limit)
             if response.has_redirect_location:
@@ -136,6 +133,27 @@ class ServiceDiscoveryClient:
             for note in response.extensions.get("attempts", ()):
                 error.add_note(note)
             raise
+
+    def _request(
+        self,
+        method: str,
+        service: str,
+        url: httpx.URL,
+        headers: Mapping[str, str] | None,
+        json: Any,
+        data: Any,
+        extensions: dict[str, Any],
+    ) -> httpx.Request:
+        defaults = self._default_headers(service)
+        if headers is not None:
+            defaults = httpx.Headers({**defaults, **httpx.Headers(headers)})
+        if json is not None or data is not None:
+            return httpx.Request(method, url, headers=defaults, json=json, data=data, extensions=extensions)
+        if method in _WITHOUT_BODY:
+            request = httpx.Request(method, url, headers=defaults, stream=httpx.ByteStream(b""), extensions=extensions)
+            request.read()
+            return request
+        return httpx.Request(method, url, headers=defaults, extensions=extensions)
 
     async def get(self, service_name: str, path: str, **kwargs: Any) -> httpx.Response:
         """``call_service`` with GET."""
