@@ -109,7 +109,7 @@ def test_reference_has_every_method(documented: type) -> None:
     methods = {name: parameters(value) for name, value in vars(documented).items() if name[0] != "_"}
     methods = {name: found for name, found in methods.items() if callable(getattr(documented, name))}
     assert documented_calls(text) == methods
-    constructor = re.search(rf"`({documented.__name__}\(.*?\))`", text)
+    constructor = re.search(rf"`({documented.__name__}\([^`]*\))`", text)
     assert constructor
     call = ast.parse(constructor[1], mode="eval").body
     assert isinstance(call, ast.Call)
