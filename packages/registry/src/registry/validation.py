@@ -25,7 +25,9 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.AS
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*", re.IGNORECASE | re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9._:+=@-]{1,253}", re.ASCII)
 _META_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
-_DURATION = re.compile(r"(\d+(\.\d+)?(ms|s|m|h))+", re.ASCII)
+_DURATION = re.compile(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h))+", re.ASCII)
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+_MAX_PATH = 20_000
 _UNSAFE_IN_PATH = re.compile(r"[\x00-\x20\x7f\\#]")
 
 
@@ -35,7 +37,8 @@ def check_service(name: str) -> str:
     Raises: InvalidInputError.
     Source: https://www.rfc-editor.org/rfc/rfc1123#section-2.1
     """
-    if not isinstance(name, str) or not _LABEL.fullmatch(name):
+    # HTTP clients decode names that begin with "xn--", and fail on those that are no IDNA.
+    if not isinstance(name, str) or not _LABEL.fullmatch(name) or name.lower().startswith("xn--"):
         raise InvalidInputError(
             f"{name!r} is not a service name: use letters, digits and inner hyphens, at most 63, such as 'backend-api'"
         )
@@ -68,7 +71,9 @@ def check_meta(meta: dict[str, str]) -> dict[str, str]:
     for key, value in meta.items():
         if not isinstance(key, str) or not _META_KEY.fullmatch(key):
             raise InvalidInputError(f"metadata key {key!r}: use letters, digits, - and _, at most 128 of them")
-        if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > 512:
+        if key.lower().startswith("consul-"):
+            raise InvalidInputError(f"metadata key {key!r}: Consul keeps the prefix 'consul-' for itself")
+        if not isinstance(value, str) or not _is_text(value) or len(value.encode()) > 512:
             raise InvalidInputError(f"metadata value of {key!r}: pass a string of at most 512 bytes")
     return meta
 
@@ -83,9 +88,11 @@ def check_port(port: int) -> int:
 def check_address(address: str) -> str:
     """The address, if other machines could connect to it: an IP address or a host name. Raises: InvalidInputError."""
     try:
-        parsed = ipaddress.ip_address(address)
+        # Only from text: to ipaddress a number is an address too. And without a scope, which may hold any character.
+        parsed = ipaddress.ip_address(address if isinstance(address, str) and "%" not in address else "")
     except ValueError:
-        if not isinstance(address, str) or not _HOST.fullmatch(address):
+        # RFC 1123, 2.1: "the highest-level component label will be alphabetic", or '127.1' and '0' would be hosts.
+        if not isinstance(address, str) or not _HOST.fullmatch(address) or address.rpartition(".")[2].isdigit():
             raise InvalidInputError(
                 f"{address!r} is not an address: pass an IP address or a host name, without scheme, port or path"
             ) from None
@@ -103,16 +110,33 @@ def check_path(path: str) -> str:
         raise InvalidInputError(f"{path!r} is not a path: start it with exactly one '/'; the service name is the host")
     if _UNSAFE_IN_PATH.search(path):
         raise InvalidInputError(f"{path!r} holds a space, control character, backslash or '#': percent-encode it")
-    if ".." in path and ".." in unquote(path.partition("?")[0]).split("/"):
+    if not _is_text(path) or len(path.encode()) > _MAX_PATH:
+        raise InvalidInputError(f"{path[:50]!r}… is not a path: use valid Unicode, at most {_MAX_PATH} bytes")
+    # Decoded, because what answers there may decode before it resolves the segments.
+    if ".." in unquote(path.partition("?")[0]).split("/"):
         raise InvalidInputError(f"{path!r} holds a '..' segment: write the path it leads to")
     return path
 
 
 def check_duration(value: str) -> str:
-    """The duration, if Consul reads it: ``"10s"``, ``"1m30s"``, ``"500ms"``, above zero. Raises: InvalidInputError.
+    """The duration, if Consul reads it: ``"10s"``, ``"1m30s"``, ``"500ms"``, from 1 ms to a year.
 
+    Raises: InvalidInputError.
     Source: https://pkg.go.dev/time#ParseDuration
     """
-    if not isinstance(value, str) or not _DURATION.fullmatch(value) or not re.search(r"[1-9]", value):
+    if not isinstance(value, str) or not _DURATION.fullmatch(value) or not 0.001 <= _seconds(value) <= 365 * 86_400:
         raise InvalidInputError(f"{value!r} is not a duration: pass a number and a unit, such as '10s' or '1m30s'")
     return value
+
+
+def _seconds(duration: str) -> float:
+    return sum(float(number) * _SECONDS[unit] for number, unit in re.findall(r"([\d.]+)([a-z]+)", duration))
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be encoded: half a surrogate pair can't."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
