@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import httpx
 import psutil
@@ -12,15 +11,8 @@ import pytest
 
 from registry import ServiceRegistry
 from registry.testing import ConsulAgent, Instances
+from registry.testing.command import wait_until
 from registry.testing.instances import Mode, received, running_instance, running_instances
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Return once the condition holds; fail when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {seconds} s"
-        time.sleep(0.01)
 
 
 def passing(agent: ConsulAgent, service: str) -> set[str]:
@@ -127,6 +119,7 @@ def test_one_that_does_not_start_says_why(instances: Instances) -> None:
 
 PARENT = """
 import sys, time
+from registry.testing.command import wait_until
 from registry.testing.instances import running_instances
 with running_instances("orphan", 2) as (one, two):
     one.pause()

@@ -1,11 +1,8 @@
 """A FastAPI service that is found as long as it can answer, and finds others: lifespan, middleware, dependency."""
 
-import asyncio
-import signal
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from types import FrameType
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -14,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from registry.client import ServiceDiscoveryClient
 from registry.consul.presence import Registrar
 from registry.consul.resolver import ConsulResolver
+from registry.drain import DrainOnSigterm
 from registry.health import Check, health_router
 from registry.settings import ConsulSettings, ServiceSettings
 
@@ -51,82 +49,50 @@ def lifespan(
             stack.push_async_callback(registrar.aclose)
             app.state.registrar, app.state.discovery_client = registrar, client
             registrar.start()
-            with _DrainOnSigterm(registrar, settings.drain_seconds):
+            async with DrainOnSigterm(registrar.withdraw, settings.drain_seconds):
                 yield state
 
     return run
 
 
-class _DrainOnSigterm:
-    """Puts deregistering and draining in front of the server's own SIGTERM handler.
-
-    uvicorn closes its listener before lifespan shutdown, too late to withdraw; but it installs its handler before
-    lifespan startup, so that ours can stand in front and call it afterwards. A second SIGTERM goes straight to it.
-    """
-
-    def __init__(self, registrar: Registrar, drain_seconds: float) -> None:
-        self._registrar = registrar
-        self._drain_seconds = drain_seconds
-        self._loop = asyncio.get_running_loop()
-        self._server: Any = signal.SIG_DFL
-        self._draining: asyncio.Task[None] | None = None
-        # Signals reach the main thread only; an app that a test runs in another thread is not stopped by one.
-        self._active = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> None:
-        if self._active:
-            self._server = signal.signal(signal.SIGTERM, self._terminate)
-
-    def __exit__(self, *_: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGTERM, self._server)
-        if self._draining is not None:
-            self._draining.cancel()
-
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        if self._draining is not None or not callable(self._server):
-            self._stop_server(number, frame)
-        else:
-            self._loop.call_soon_threadsafe(self._start_draining, number)
-
-    def _start_draining(self, number: int) -> None:
-        self._draining = self._loop.create_task(self._drain(number), name="registry drain")
-
-    async def _drain(self, number: int) -> None:
-        await self._registrar.withdraw()
-        await asyncio.sleep(self._drain_seconds)
-        self._stop_server(number, None)
-
-    def _stop_server(self, number: int, frame: FrameType | None) -> None:
-        if callable(self._server):
-            self._server(number, frame)
-        else:
-            signal.signal(number, self._server)
-            signal.raise_signal(number)
-
-
 class RegistryMiddleware:
-    """Puts ``X-Service-Instance: <id>`` on every response: ``app.add_middleware(RegistryMiddleware)``."""
+    """Puts ``X-Service-Instance: <id>`` on every response: ``app.add_middleware(RegistryMiddleware)``.
+
+    While the instance drains, also ``Connection: close``: no caller keeps a connection that is about to be cut.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "lifespan":
             await self._app(scope, receive, send)
             return
-        registrar: Registrar | None = getattr(scope["app"].state, "registrar", None)
-        instance_id = registrar.instance_id if registrar else None
+        # Starlette answers an unhandled exception outside of every added middleware: only around the whole app is
+        # every response seen.
+        app = scope["app"]
+        whole, app.middleware_stack = app.middleware_stack, partial(_sign, app.middleware_stack)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            app.middleware_stack = whole
 
-        async def send_signed(message: Message) -> None:
-            if message["type"] == "http.response.start" and instance_id:
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-service-instance", instance_id.encode()),
-                ]
-            await send(message)
 
-        await self._app(scope, receive, send_signed)
+async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    registrar: Registrar | None = getattr(scope["app"].state, "registrar", None)
+    if scope["type"] != "http" or registrar is None or registrar.instance_id is None:
+        await app(scope, receive, send)
+        return
+    signature = (b"x-service-instance", registrar.instance_id.encode())
+    may_close = scope["http_version"].startswith("1")  # RFC 9113, 8.2.2: no Connection header in HTTP/2
+
+    async def send_signed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            closing = [(b"connection", b"close")] if registrar.leaving and may_close else []
+            message["headers"] = [*message.get("headers", ()), signature, *closing]
+        await send(message)
+
+    await app(scope, receive, send_signed)
 
 
 def _discovery_client(request: Request) -> ServiceDiscoveryClient:

@@ -9,6 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from registry.consul.presence import Registrar
+
 __all__ = ["Check", "health_router"]
 
 logger = logging.getLogger("registry")
@@ -41,10 +43,9 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
         },
     )
     async def health(request: Request, instance: str | None = None) -> JSONResponse:
-        registrar = getattr(request.app.state, "registrar", None)
-        own = registrar.instance_id if registrar else None
-        if instance is not None and own is not None and instance != own:
-            return JSONResponse({"detail": f"this is {own}, not {instance}"}, status_code=404)
+        registrar: Registrar | None = getattr(request.app.state, "registrar", None)
+        if instance is not None and registrar is not None and not registrar.serves(instance):
+            return JSONResponse({"detail": f"this is {registrar.instance_id}"}, status_code=404)
         states = await asyncio.gather(*(_state(name, check, timeout) for name, check in checks.items()))
         components = dict(zip(checks, states, strict=True))
         healthy = all(state["status"] == "healthy" for state in states)
@@ -56,11 +57,11 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
 
 async def _state(name: str, check: Check, timeout: float) -> dict[str, Any]:
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(timeout) as limit:
             await check()
-    except TimeoutError:
-        return {"status": "unhealthy", "error": f"no answer within {timeout} s"}
     except Exception as error:
+        if limit.expired():
+            return {"status": "unhealthy", "error": f"no answer within {timeout:g} s"}
         # The message may hold a connection string with its password: that goes to the log's reader only.
         logger.warning("health check failed", extra={"component": name, "error": repr(error)})
         return {"status": "unhealthy", "error": type(error).__name__}

@@ -4,9 +4,9 @@ import asyncio
 import contextvars
 import dataclasses
 import logging
-import multiprocessing
 import random
 import socket
+from contextlib import suppress
 from urllib.parse import quote
 
 import httpx
@@ -15,7 +15,6 @@ from consul.callback import CB
 from registry.consul.connection import AsyncConsul, consul_errors
 from registry.consul.health import parse_local_health
 from registry.consul.registration import Registration
-from registry.errors import RegistryError
 from registry.retry import Backoff
 from registry.settings import ConsulSettings, ServiceSettings
 
@@ -28,8 +27,12 @@ WAIT = 60
 WITHDRAW_TIMEOUT = 2.0
 """Seconds that a dead Consul may delay an exit."""
 PROBE_TIMEOUT = 1.0
-REJOIN_JITTER = 0.5
-"""Seconds: a restarted agent must not be met by all its services in the same instant."""
+SIBLING_TIMEOUT = 1.0
+"""Seconds for a sibling process to show that it still serves this instance, before we withdraw it."""
+REJOIN_DELAY = 0.1, 0.2
+"""Seconds, from and to. Siblings that are being stopped together must not bring each other back. (After a restart of
+the agent, where all its services come at once, the back-off spreads them.)"""
+SILENCE_BEFORE_WARNING = 5.0
 
 
 class Registrar:
@@ -44,11 +47,14 @@ class Registrar:
         self._service = service
         self._settings = consul or ConsulSettings()
         self._consul = AsyncConsul(self._settings)
-        self._probe = httpx.AsyncClient(timeout=PROBE_TIMEOUT, trust_env=False)
+        # A new connection for each probe, as a caller would make one.
+        self._probe = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         self._task: asyncio.Task[None] | None = None
+        self._withdrawal: asyncio.Task[None] | None = None
         # Held while the registration is written: a withdrawal must not be overtaken by it.
         self._writing = asyncio.Lock()
         self._backoff = Backoff(base=0.2, cap=2.0)
+        self._closing = False
         self.registration: Registration | None = None
         """What is written to Consul; None until the own address is known."""
 
@@ -57,6 +63,15 @@ class Registrar:
         """The own id; None until the own address is known."""
         return self.registration.id if self.registration else None
 
+    @property
+    def leaving(self) -> bool:
+        """Whether this instance was withdrawn, and only serves what still comes."""
+        return self._withdrawal is not None
+
+    def serves(self, instance_id: str) -> bool:
+        """Whether this process is that instance; not any more once it closes."""
+        return instance_id == self.instance_id and not self._closing
+
     def start(self) -> None:
         """Begins in the background; never blocks and never fails."""
         self._task = asyncio.get_running_loop().create_task(
@@ -64,47 +79,63 @@ class Registrar:
         )
 
     async def withdraw(self) -> None:
-        """Takes this instance out of Consul: no caller finds it from now on. At most 2 s, raises nothing."""
-        task, self._task = self._task, None
-        if task is None:
-            return
+        """Takes this instance out of Consul: no caller finds it from now on. At most 2 s, raises nothing.
+
+        Once begun it is carried through: cancelling a caller only ends his waiting, and later callers join in.
+        """
+        if self._withdrawal is None:
+            self._withdrawal = asyncio.get_running_loop().create_task(
+                self._withdraw(), name=f"withdraw {self._service.name}", context=contextvars.Context()
+            )
+        await asyncio.shield(self._withdrawal)
+
+    async def answers(self, timeout: float = PROBE_TIMEOUT) -> bool:
+        """Whether the advertised address answers as this instance right now. At most ``timeout`` seconds."""
+        if self.registration is None:
+            return False
+        url = f"http://{self.registration.instance.netloc}{self.registration.health_check_path}"
+        try:
+            async with asyncio.timeout(timeout):
+                return (await self._probe.get(url)).status_code == httpx.codes.OK
+        except (TimeoutError, httpx.HTTPError):
+            return False
+
+    async def aclose(self) -> None:
+        """Withdraws, unless another process still serves this instance, and closes the connections. At most 3 s.
+
+        Call it when this process no longer listens. Another process: uvicorn's other workers, or the one that was
+        here first, when ours ends because its port is taken.
+        """
+        self._closing = True
+        try:
+            if not self.leaving and await self.answers(SIBLING_TIMEOUT):
+                await self._stop()
+            else:
+                await self.withdraw()
+        finally:
+            await self._probe.aclose()
+            await self._consul.http.close()
+
+    async def _withdraw(self) -> None:
         try:
             async with asyncio.timeout(WITHDRAW_TIMEOUT), self._writing:
-                task.cancel()
+                await self._stop()
                 if self.registration is not None:
                     with consul_errors(self._settings):
                         await self._consul.agent.service.deregister(self.registration.id)
-                    logger.info("deregistered", extra={"instance": self.registration.id})
-        except (TimeoutError, RegistryError) as error:
+                    logger.info("deregistered", extra={"instance": self.instance_id})
+        except Exception as error:
             logger.warning(
                 "could not deregister: Consul will notice by its checks",
                 extra={"instance": self.instance_id, "error": repr(error)},
             )
         finally:
-            task.cancel()
-            await asyncio.wait({task})
+            await self._stop()
 
-    async def answers(self) -> bool:
-        """Whether the advertised address answers as this instance right now. At most 1 s."""
-        if self.registration is None:
-            return False
-        path = self.registration.health_check_path
-        try:
-            response = await self._probe.get(f"http://{self.registration.instance.netloc}{path}")
-        except httpx.TransportError:
-            return False
-        return response.status_code == httpx.codes.OK
-
-    async def aclose(self) -> None:
-        """Withdraws, unless a sibling process still serves this instance, and closes the connections."""
-        task = self._task
-        if task is not None and multiprocessing.parent_process() is not None and await self.answers():
-            self._task = None
-            task.cancel()
-            await asyncio.wait({task})
-        await self.withdraw()
-        await self._probe.aclose()
-        await self._consul.http.close()
+    async def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
 
     async def _run(self) -> None:
         failures = 0
@@ -117,7 +148,7 @@ class Registrar:
                 failures = 0
                 await self._until_forgotten(registration.id)
                 logger.warning("consul forgot this instance: registering again", extra={"instance": self.instance_id})
-                await asyncio.sleep(random.uniform(0, REJOIN_JITTER))
+                await asyncio.sleep(random.uniform(*REJOIN_DELAY))
             except Exception as error:
                 # Consul may be away for hours: the service runs on, and this task dies only by cancellation.
                 failures += 1
@@ -146,22 +177,25 @@ class Registrar:
         return dataclasses.replace(registration, health_check_path=path)
 
     async def _until_answering(self, registration: Registration) -> None:
-        tries = 0
+        loop = asyncio.get_running_loop()
+        begun, warned, pause = loop.time(), False, 0.02
         while not await self.answers():
-            tries += 1
-            if tries == 50:
+            if loop.time() - begun > SILENCE_BEFORE_WARNING and not warned:
+                warned = True
                 logger.warning(
-                    "the advertised address does not answer: is uvicorn's --port SERVICE_PORT, its --host reachable, "
-                    "and the health router included?",
+                    "the advertised address does not answer 200 as this instance: is every component healthy, "
+                    "uvicorn's --port SERVICE_PORT, its --host reachable, the health router included?",
                     extra={"instance": registration.id, "address": registration.instance.netloc},
                 )
-            await asyncio.sleep(min(0.05 * 1.1**tries, 1.0))
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.2, 0.5)
 
     async def _register(self, registration: Registration) -> None:
         with consul_errors(self._settings):
             known = await self._consul.http.get(parse_local_health, f"/v1/agent/health/service/id/{registration.id}")
-            if known is not None and known.status != "passing":
+            if known is not None and known.status not in {"passing", "maintenance"}:
                 # "Status: passing" is ignored for a check that exists: left critical, it would stay so for a while.
+                # But an instance that somebody put into maintenance stays there.
                 await self._consul.agent.service.deregister(registration.id)
             await self._consul.agent.service.register(**registration.arguments(passing=True))
         logger.info("registered", extra={"instance": registration.id, "address": registration.instance.netloc})
@@ -175,12 +209,16 @@ class Registrar:
             if known is None:
                 return
             params = [("hash", known["ContentHash"]), ("wait", f"{WAIT}s")]
+            await asyncio.sleep(0.1)  # nor may an answer that comes at once, again and again, become a busy loop
 
 
 async def _address_towards(host: str, port: int) -> str:
     """The address that this host uses to reach another one; sends nothing. Raises: OSError, if it has no address."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)
-        return str(probe.getsockname()[0])
+    # IPv4 first, for that is where uvicorn listens: "localhost" may well be ::1 before it is 127.0.0.1.
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe, suppress(OSError):
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    raise OSError(f"no route to {host}")

@@ -1,0 +1,363 @@
+"""How an instance leaves: out of Consul first, serving on, and only then gone; whoever stops it, and how."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from registry import ConsulResolver, ConsulSettings, Registrar, ServiceDiscoveryClient, ServiceSettings
+from registry.drain import DrainOnSigterm
+from registry.testing import ConsulAgent, Instances
+from registry.testing.command import ServiceProcess, found, running_service, wait_until
+from registry.testing.instances import RunningInstance, received
+
+Start = Callable[..., ServiceProcess]
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def service() -> Iterator[Start]:
+    """Starts `presence_app` under a name, with uvicorn's options; keywords in capitals are its environment."""
+    with ExitStack() as stack:
+
+        def start(
+            name: str,
+            consul: ConsulAgent | None,
+            *options: str,
+            port: int | None = None,
+            wait: bool = True,
+            **env: str,
+        ) -> ServiceProcess:
+            return stack.enter_context(
+                running_service(
+                    "presence_app:app", name, *options, consul=consul, port=port, cwd=HERE, wait=wait, env=env
+                )
+            )
+
+        yield start
+
+
+# On a busy machine a worker may need longer to start than the five seconds after which uvicorn gives it up.
+TWO_WORKERS = "--workers=2", "--timeout-worker-healthcheck=30"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_withdraws_then_drains_then_stops(service: Start, consul_agent: ConsulAgent, workers: int) -> None:
+    """Gone from Consul at once, served and told to reconnect for the drain time, then ended; with workers too."""
+    name = f"drained-{workers}"
+    one = service(name, consul_agent, f"--workers={workers}", SERVICE_DRAIN_SECONDS="1.5")
+    wait_until(one.is_found)
+    assert "Connection" not in one.http.get("/pid").headers
+    begun = time.monotonic()
+    one.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not one.is_found(), 2)
+    withdrawn = time.monotonic()
+    while time.monotonic() < withdrawn + 0.8:
+        answer = one.http.get("/pid")
+        assert (answer.status_code, answer.headers["Connection"]) == (200, "close")
+        assert not one.is_found()
+    one.process.wait(10)
+    assert 1.5 <= time.monotonic() - begun < 6
+    assert found(consul_agent, name, passing=False) == []
+    assert "own lifespan left" in one.log
+
+
+def test_second_sigterm_stops_at_once(service: Start, consul_agent: ConsulAgent) -> None:
+    """Nobody has to wait for a long drain: the second signal is the server's own."""
+    one = service("impatient", consul_agent, SERVICE_DRAIN_SECONDS="60")
+    wait_until(one.is_found)
+    one.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not one.is_found())
+    assert one.end(signal.SIGTERM) < 2
+    assert "own lifespan left" in one.log
+    assert "Traceback" not in one.log
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigint_withdraws(service: Start, consul_agent: ConsulAgent, workers: int) -> None:
+    """Ctrl-C, which reaches the whole process group, leaves nothing in Consul and waits for no drain."""
+    one = service(f"interrupted-{workers}", consul_agent, f"--workers={workers}", SERVICE_DRAIN_SECONDS="60")
+    wait_until(one.is_found)
+    begun = time.monotonic()
+    os.killpg(one.process.pid, signal.SIGINT)
+    one.process.wait(10)
+    assert time.monotonic() - begun < 5
+    assert found(consul_agent, one.name, passing=False) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_hung_consul_delays_the_exit_by_two_seconds(
+    service: Start, private_consul_agent: ConsulAgent, number: signal.Signals
+) -> None:
+    """With the agent frozen, the exit takes 2 s more at most; with the agent dead, none."""
+    one, two = (service(f"stuck-{n}", private_consul_agent, SERVICE_DRAIN_SECONDS="0") for n in (1, 2))
+    wait_until(lambda: one.is_found() and two.is_found())
+    private_consul_agent.pause()
+    assert 1.9 < one.end(number) < 3.5
+    assert "WARNING could not deregister" in one.log
+    private_consul_agent.kill()
+    assert two.end(number) < 1.5
+
+
+def test_sigterm_during_startup_leaves_nothing_behind(service: Start, consul_agent: ConsulAgent) -> None:
+    """A signal that comes before the app has started is obeyed, and Consul never hears of the instance."""
+    one = service("aborted", consul_agent, wait=False, STARTUP_SECONDS="1")
+    wait_until(lambda: "Waiting for application startup" in one.log, 20)
+    assert one.end(signal.SIGTERM) < 4
+    assert "own lifespan left" in one.log
+    assert found(consul_agent, "aborted", passing=False) == []
+
+
+async def test_rolling_restarts_under_load_lose_and_double_nothing(
+    consul_agent: ConsulAgent, instances: Instances
+) -> None:
+    """Five rolling restarts of three instances under 200 POST/s: every request arrives exactly once."""
+    replicas = await asyncio.to_thread(
+        instances, "rolled", 3, consul=consul_agent, registers_itself=True, drain_seconds=0.5
+    )
+
+    def roll(replica: RunningInstance) -> None:
+        wait_until(lambda: len(found(consul_agent, "rolled")) == 3)
+        replica.terminate()
+        replica.start()
+        wait_until(lambda: len(found(consul_agent, "rolled")) == 3)
+
+    await asyncio.to_thread(wait_until, lambda: len(found(consul_agent, "rolled")) == 3)
+    settings = ConsulSettings(host="127.0.0.1", port=consul_agent.http_port)
+    async with ServiceDiscoveryClient(ConsulResolver(settings)) as client, post_all_the_time(client, "rolled") as sent:
+        for n in range(5):
+            await asyncio.to_thread(roll, replicas[n % 3])
+    stats = received(replicas)
+    assert sent.failures == []
+    assert len(sent.ids) > 500
+    assert stats.duplicated == {}
+    assert set(stats.ids) == sent.ids
+
+
+async def test_rolling_workers_under_load_loses_nothing(service: Start, consul_agent: ConsulAgent) -> None:
+    """SIGHUP replaces both workers of the only instance: it is back in Consul at once, and every POST arrives once."""
+    one = await asyncio.to_thread(service, "hung-up", consul_agent, *TWO_WORKERS)
+    await asyncio.to_thread(wait_until, lambda: one.log.count("INFO registered") == 2)
+    settings = ConsulSettings(host="127.0.0.1", port=consul_agent.http_port)
+    before = set(one.workers())
+    async with ServiceDiscoveryClient(ConsulResolver(settings)) as client, post_all_the_time(client, "hung-up") as sent:
+        one.process.send_signal(signal.SIGHUP)
+        await asyncio.to_thread(wait_until, lambda: len(set(one.workers()) - before) == 2 == len(one.workers()), 40)
+        await asyncio.to_thread(wait_until, one.is_found, 2)
+    assert len(sent.ids) > 200
+    assert sent.not_delivered == []
+    assert sorted((one.directory / "journal").read_text().split()) == sorted(sent.ids - set(sent.not_found))
+    assert one.is_found()
+
+
+class post_all_the_time:  # noqa: N801  # reads as a verb
+    """Two hundred POSTs per second, each with an id of its own, while the context lasts."""
+
+    def __init__(self, client: ServiceDiscoveryClient, name: str) -> None:
+        self._client = client
+        self._name = name
+        self.ids: set[str] = set()
+        self.failures: list[str] = []
+        self.not_found: list[str] = []
+
+    @property
+    def not_delivered(self) -> list[str]:
+        """Failures but those where discovery rightly said that there is nobody."""
+        return [failure for failure in self.failures if "NotFound" not in failure]
+
+    async def __aenter__(self) -> "post_all_the_time":
+        self._stopping = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stopping.set()
+        await self._task
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while not self._stopping.is_set():
+                group.create_task(self._post(f"{self._name}-{len(self.ids)}"))
+                await asyncio.sleep(0.005)
+
+    async def _post(self, id_: str) -> None:
+        self.ids.add(id_)
+        try:
+            await self._client.post(self._name, "/work", headers={"X-Request-Id": id_})
+        except Exception as error:
+            self.failures.append(repr(error))
+            if "NotFound" in repr(error):
+                self.not_found.append(id_)
+
+
+def test_a_killed_worker_takes_nothing_with_it(service: Start, consul_agent: ConsulAgent) -> None:
+    """kill -9 of one of two workers: the instance stays in Consul without a gap, while the worker is replaced."""
+    one = service("survivor", consul_agent, *TWO_WORKERS, SERVICE_HEALTH_CHECK_INTERVAL="1")
+    wait_until(lambda: one.log.count("INFO registered") == 2)
+    before = one.workers()
+    os.kill(before[0], signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while one.log.count("INFO registered") < 3:
+        assert one.is_found()
+        assert time.monotonic() < deadline
+    assert before[1] in one.workers()
+    assert before[0] not in one.workers()
+    assert "forgot" not in one.log
+
+
+async def test_no_registration_overtakes_its_withdrawal(consul_agent: ConsulAgent) -> None:
+    """Closed at any moment of its registration, an instance is not in Consul afterwards."""
+    consul = ConsulSettings(host="127.0.0.1", port=consul_agent.http_port)
+    for n in range(25):
+        registrar = Pretending(ServiceSettings(name="overtaken", port=1, address="127.0.0.1"), consul)
+        registrar.start()
+        await asyncio.sleep(n * 0.0005)
+        await registrar.aclose()
+        assert found(consul_agent, "overtaken", passing=False) == []
+
+
+async def test_a_begun_withdrawal_is_carried_through(consul_agent: ConsulAgent) -> None:
+    """Cancelling the one who waits for it does not stop a withdrawal, and closing waits for it."""
+    consul = ConsulSettings(host="127.0.0.1", port=consul_agent.http_port)
+    registrar = Pretending(ServiceSettings(name="carried", port=1, address="127.0.0.1"), consul)
+    registrar.start()
+    await asyncio.to_thread(wait_until, lambda: found(consul_agent, "carried"))
+    waiting = asyncio.create_task(registrar.withdraw())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await registrar.aclose()
+    assert found(consul_agent, "carried", passing=False) == []
+
+
+class Pretending(Registrar):
+    """Of an instance that nobody serves, but that seems to answer until it closes."""
+
+    async def answers(self, timeout: float = 0) -> bool:
+        return not self._closing
+
+
+class Server:
+    """Stands for uvicorn: notes in which order it was told to stop, and what came before."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.stopped = asyncio.Event()
+
+    def handle_exit(self, number: int, frame: object) -> None:
+        self.events.append("stop")
+        self.stopped.set()
+
+    async def withdraw(self) -> None:
+        self.events.append("withdraw")
+
+    async def fail(self) -> None:
+        raise RuntimeError("unforeseen")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server whose handler is the process's SIGTERM handler for the test."""
+    server = Server()
+    previous = signal.signal(signal.SIGTERM, server.handle_exit)
+    yield server
+    signal.signal(signal.SIGTERM, previous)
+
+
+async def until_stopped(server: Server) -> None:
+    """Return once the server was told to stop."""
+    async with asyncio.timeout(5):
+        await server.stopped.wait()
+
+
+async def test_the_server_is_told_after_the_drain(server: Server) -> None:
+    """One signal withdraws, waits and then calls the server's handler once; afterwards that handler is back."""
+    async with DrainOnSigterm(server.withdraw, 0.2):
+        begun = time.monotonic()
+        signal.raise_signal(signal.SIGTERM)
+        assert server.events == []
+        await until_stopped(server)
+        assert time.monotonic() - begun >= 0.2
+    assert server.events == ["withdraw", "stop"]
+    assert signal.getsignal(signal.SIGTERM) == server.handle_exit
+
+
+async def test_two_signals_in_one_breath_stop_at_once(server: Server) -> None:
+    """The second signal goes straight to the server, even before the loop has seen the first."""
+    async with DrainOnSigterm(server.withdraw, 60):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert server.events == ["stop"]
+        await asyncio.sleep(0.01)
+    assert server.events == ["stop", "withdraw"]
+
+
+async def test_whatever_fails_the_server_is_stopped(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """An error while withdrawing does not make a process that can't be stopped."""
+    async with DrainOnSigterm(server.fail, 60):
+        signal.raise_signal(signal.SIGTERM)
+        await until_stopped(server)
+    assert "draining failed" in caplog.text
+
+
+async def test_a_server_that_stops_by_itself_cuts_the_drain(server: Server) -> None:
+    """When the server has stopped for another reason, no drain goes on and no handler is called."""
+    async with DrainOnSigterm(server.withdraw, 60):
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0.01)
+    assert server.events == ["withdraw"]
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "registry drain"]
+
+
+async def test_a_handler_of_the_loop_stops_at_once_and_we_withdraw(server: Server) -> None:
+    """Servers on ``loop.add_signal_handler`` are told by the loop: withdrawing goes along, nothing is called twice."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, server.handle_exit, signal.SIGTERM, None)
+    async with DrainOnSigterm(server.withdraw, 0.01):
+        signal.raise_signal(signal.SIGTERM)
+        await until_stopped(server)
+        await asyncio.sleep(0.05)
+    assert sorted(server.events) == ["stop", "withdraw"]
+    assert loop.remove_signal_handler(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("handler", [None, signal.SIG_IGN])
+async def test_what_is_not_ours_to_handle_is_left_alone(
+    server: Server, monkeypatch: pytest.MonkeyPatch, handler: object
+) -> None:
+    """A handler that is not Python's can't be put back, and an ignored signal is ignored on purpose."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    async with DrainOnSigterm(server.withdraw, 0):
+        signal.raise_signal(signal.SIGTERM)
+    assert server.events == ["stop"]
+
+
+async def test_a_handler_put_in_front_of_ours_stays(server: Server) -> None:
+    """Whoever took SIGTERM over while the app ran keeps it, and reaches the server through us."""
+    async with DrainOnSigterm(server.withdraw, 0):
+        ours = signal.getsignal(signal.SIGTERM)
+        assert callable(ours)
+        signal.signal(signal.SIGTERM, lambda number, frame: ours(number, frame))
+        theirs = signal.getsignal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is theirs
+    signal.raise_signal(signal.SIGTERM)
+    assert server.events == ["stop"]
+
+
+async def test_other_threads_have_no_signals(server: Server) -> None:
+    """An app that runs in another thread starts and stops without touching the process's signals."""
+
+    async def run() -> object:
+        async with DrainOnSigterm(server.withdraw, 0):
+            assert threading.current_thread() is not threading.main_thread()
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor() as pool:
+        assert await asyncio.wrap_future(pool.submit(asyncio.run, run())) == server.handle_exit

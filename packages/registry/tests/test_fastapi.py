@@ -1,0 +1,217 @@
+"""The lifespan, the middleware and the dependency, in an app that a real uvicorn server runs in this process."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+
+from registry import ConsulSettings, Registrar, ServiceDiscoveryClient, ServiceSettings
+from registry.fastapi import DiscoveryClient, RegistryMiddleware, health_router, lifespan
+from registry.testing import ConsulAgent, Instances
+from registry.testing.command import found, wait_until
+from registry.testing.ports import free_ports
+
+
+@pytest.fixture
+def consul(consul_agent: ConsulAgent) -> ConsulSettings:
+    """The shared agent."""
+    return ConsulSettings(host="127.0.0.1", port=consul_agent.http_port)
+
+
+def identity(name: str) -> ServiceSettings:
+    """A service on a free port of this host."""
+    return ServiceSettings(name=name, port=free_ports(1)[0], address="127.0.0.1")
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, settings: ServiceSettings) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app, which uvicorn serves until the context ends and then stops by program, not by signal."""
+    server = uvicorn.Server(uvicorn.Config(app, port=settings.port, log_level="error", lifespan="on"))
+    running = asyncio.create_task(server.serve())
+    await asyncio.to_thread(wait_until, lambda: server.started or running.done())
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.port}") as client:
+        try:
+            yield client
+        finally:
+            server.should_exit = True
+            await running
+
+
+async def until_found(agent: ConsulAgent, name: str) -> None:
+    """Return once discovery finds an instance."""
+    await asyncio.to_thread(wait_until, lambda: found(agent, name))
+
+
+async def test_registers_serves_and_leaves_without_a_trace(consul_agent: ConsulAgent, consul: ConsulSettings) -> None:
+    """Found while it runs, gone after a programmatic stop; no task and (warnings are errors) no connection stays."""
+    settings = identity("traceless")
+    app = FastAPI(lifespan=lifespan(settings, upstreams=["nobody"], consul=consul))
+    app.include_router(health_router())
+    before = asyncio.all_tasks()
+    async with serving(app, settings):
+        await until_found(consul_agent, "traceless")
+        names = {task.get_name() for task in asyncio.all_tasks() - before}
+        assert {"registrar traceless", "registry watch nobody"} <= names
+    assert found(consul_agent, "traceless", passing=False) == []
+    assert asyncio.all_tasks() == before
+
+
+async def test_runs_again_after_it_has_ended(consul_agent: ConsulAgent, consul: ConsulSettings) -> None:
+    """One app can be started and stopped many times, as test clients do."""
+    settings = identity("again")
+    app = FastAPI(lifespan=lifespan(settings, consul=consul))
+    app.add_middleware(RegistryMiddleware)
+    app.include_router(health_router())
+    for _ in range(2):
+        async with serving(app, settings) as client:
+            await until_found(consul_agent, "again")
+            answer = await client.get("/health")
+            assert answer.headers.get_list("X-Service-Instance") == [f"again-127.0.0.1-{settings.port}"]
+        assert found(consul_agent, "again", passing=False) == []
+
+
+async def test_own_lifespan_is_entered_before_and_left_after(consul_agent: ConsulAgent, consul: ConsulSettings) -> None:
+    """What the app opens is there before anybody can find it and until nobody can; its state reaches the requests."""
+    settings = identity("composed")
+    events: list[object] = []
+
+    @asynccontextmanager
+    async def inner(app: FastAPI) -> AsyncIterator[dict[str, str]]:
+        events.append(("enter", found(consul_agent, "composed", passing=False), hasattr(app.state, "registrar")))
+        yield {"database": "open"}
+        events.append(("leave", found(consul_agent, "composed", passing=False)))
+
+    app = FastAPI(lifespan=lifespan(settings, consul=consul, inner=inner))
+    app.include_router(health_router())
+
+    @app.get("/state")
+    async def state(request: Request) -> str:
+        return str(request.state.database)
+
+    async with serving(app, settings) as client:
+        await until_found(consul_agent, "composed")
+        assert (await client.get("/state")).json() == "open"
+    assert events == [("enter", [], False), ("leave", [])]
+
+
+async def test_a_failing_own_lifespan_starts_nothing(consul_agent: ConsulAgent, consul: ConsulSettings) -> None:
+    """When the app can't start, nothing of ours has begun, and its own error is what comes out."""
+
+    @asynccontextmanager
+    async def inner(app: FastAPI) -> AsyncIterator[None]:
+        if not hasattr(app.state, "database"):
+            raise LookupError("no database")
+        yield
+
+    app = FastAPI()
+    before = asyncio.all_tasks()
+    with pytest.raises(LookupError, match="no database"):
+        async with lifespan(identity("stillborn"), consul=consul, inner=inner)(app):
+            pass
+    assert not hasattr(app.state, "registrar")
+    assert asyncio.all_tasks() == before
+
+
+async def test_an_error_within_the_lifespan_still_withdraws(
+    consul_agent: ConsulAgent, consul: ConsulSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the app ends, by an error of its own lifespan too, the instance leaves Consul first."""
+    settings = identity("broken-off")
+    left: list[list[str]] = []
+
+    @asynccontextmanager
+    async def inner(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            left.append(found(consul_agent, "broken-off", passing=False))
+            raise LookupError("could not close")
+
+    async def answers(registrar: Registrar, timeout: float = 0) -> bool:
+        return registrar.serves(registrar.instance_id or "")
+
+    async def run() -> None:
+        async with lifespan(settings, consul=consul, inner=inner)(FastAPI()):
+            await until_found(consul_agent, "broken-off")
+            raise RuntimeError("the app broke")
+
+    monkeypatch.setattr(Registrar, "answers", answers)
+    before = asyncio.all_tasks()
+    with pytest.raises(LookupError, match="could not close"):
+        await run()
+    assert left == [[]]
+    assert asyncio.all_tasks() == before
+
+
+async def test_the_dependency_is_one_client_for_all(
+    consul_agent: ConsulAgent, consul: ConsulSettings, instances: Instances
+) -> None:
+    """Every endpoint gets the same client, which calls upstreams by name."""
+    (upstream,) = await asyncio.to_thread(instances, "called", consul=consul_agent)
+    settings = identity("calling")
+    app = FastAPI(lifespan=lifespan(settings, upstreams=["called"], consul=consul))
+    clients: set[ServiceDiscoveryClient] = set()
+
+    @app.get("/call")
+    async def call(client: DiscoveryClient) -> str:
+        clients.add(client)
+        return str((await client.get("called", "/")).json()["instance"])
+
+    async with serving(app, settings) as client:
+        for _ in range(2):
+            assert (await client.get("/call")).json() == upstream.instance.id
+    assert len(clients) == 1
+
+
+async def test_every_answer_is_signed(consul_agent: ConsulAgent, consul: ConsulSettings) -> None:
+    """The id stands once on found and unfound, refused and failed answers, those of custom handlers too."""
+    settings = identity("signed")
+    app = FastAPI(lifespan=lifespan(settings, consul=consul))
+    app.add_middleware(RegistryMiddleware)
+    app.include_router(health_router())
+
+    @app.get("/error")
+    async def error() -> None:
+        raise RuntimeError("unhandled")
+
+    async with serving(app, settings) as client:
+        await until_found(consul_agent, "signed")
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        for method, path, status in (
+            ("GET", "/health", 200),
+            ("GET", "/health?instance=another", 404),
+            ("GET", "/nowhere", 404),
+            ("POST", "/health", 405),
+            ("GET", "/error", 500),
+        ):
+            answer = await client.request(method, path)
+            assert (answer.status_code, path) == (status, path)
+            assert answer.headers.get_list("X-Service-Instance") == [f"signed-127.0.0.1-{settings.port}"]
+
+
+async def test_without_lifespan_nothing_is_signed() -> None:
+    """An app that was not started, as in unit tests, answers as if the middleware were not there."""
+    app = FastAPI(lifespan=lifespan(identity("unstarted")))
+    app.add_middleware(RegistryMiddleware)
+    app.include_router(health_router())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
+        answer = await client.get("/health")
+    assert answer.status_code == 200
+    assert "X-Service-Instance" not in answer.headers
+
+
+async def test_a_reused_app_object_is_left_as_it_was(consul: ConsulSettings) -> None:
+    """After the lifespan, the app's middleware stack is the one it had."""
+    app = FastAPI(lifespan=lifespan(identity("restored"), consul=consul))
+    app.add_middleware(RegistryMiddleware)
+    stacks = []
+    for _ in range(2):
+        async with serving(app, identity("restored")):
+            pass
+        stacks.append(app.middleware_stack)
+    assert stacks[0] is stacks[1]
