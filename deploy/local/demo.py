@@ -21,7 +21,8 @@ _START_SECONDS = 60.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns its exit code."""
     options = _options(arguments)
-    # A closed terminal or a polite kill ends it as Ctrl-C does.
+    # A closed terminal or a polite kill ends it as Ctrl-C does, which a shell makes background jobs ignore.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
