@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -287,7 +289,9 @@ async def test_a_post_that_was_read_is_sent_once_however_it_ends(ending: str) ->
         read.append(head)
         await reader.readexactly(len(b'{"a":1}'))
         if ending == "reset":
-            writer.transport.abort()
+            # Closing with a linger time of zero sends RST in place of FIN.
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if ending == "garbage":
             writer.write(b"not http at all\r\n\r\n")
         if ending == "half headers":
