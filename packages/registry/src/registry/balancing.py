@@ -33,6 +33,7 @@ class Endpoint:
         "instance",
         "picks",
         "refusals",
+        "since",
         "started",
     )
 
@@ -49,6 +50,9 @@ class Endpoint:
         self.ejections = 0
         """How often it was ejected for failures, lately."""
         self.ejected_at = -math.inf
+        """When it was last ejected for failures."""
+        self.since = -math.inf
+        """When it was last ejected: what comes of earlier attempts says nothing about its recovery."""
         self.ejected_until = 0.0
         """0: not ejected."""
         self._latency = latency

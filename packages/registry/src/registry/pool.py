@@ -76,22 +76,20 @@ class Pool:
         ``safe``: the call can be sent again, so that it may be the probe of an endpoint that answered badly.
         """
         now = self._clock()
-        if self._open_until:
-            endpoint = self._half_open(tried, now)
-        else:
-            endpoint = (now >= self._next_probe and self._probe(tried, now, safe)) or self._choose(
-                self._candidates, tried, now
-            )
+        endpoint = self._probe(tried, now, safe) if now >= self._next_probe else None
+        if endpoint is None:
+            endpoint = self._half_open(tried, now) if self._open_until else self._choose(self._candidates, tried, now)
         if endpoint is None:
             return self._choose(self._last_resort, tried, now)
         endpoint.picks += 1
         return endpoint
 
     def succeeded(self, endpoint: Endpoint, seconds: float) -> None:
-        """The endpoint answered: whatever it was ejected for is over."""
-        endpoint.observe(seconds, self._clock())
+        """The endpoint answered: what it was ejected for is over, unless the attempt began before."""
+        now = self._clock()
+        endpoint.observe(seconds, now)
         endpoint.failures = 0
-        if endpoint.ejected_until:
+        if endpoint.ejected_until and now - seconds >= endpoint.since:
             self._reinstate(endpoint)
 
     def failed(self, endpoint: Endpoint, failure: Failure, seconds: float) -> None:
@@ -99,27 +97,32 @@ class Pool:
         now = self._clock()
         key = _key(endpoint)
         if key in self.gone:
-            # Gone from Consul, and no answer either: nothing speaks for it any more.
-            del self.gone[key]
-            self._rebuild()
+            endpoint.failures += 1
+            # Gone from Consul, and no answer either: nothing speaks for it any more. A bad answer is one all the same.
+            if failure is Failure.NOT_SENT or endpoint.failures >= FAILURES_TO_EJECT:
+                del self.gone[key]
+                self._rebuild()
             return
         if self._live == 0:
             self._open_for = min(2 * self._open_for or REFUSED, MAX_REFUSED)
             self._open_until = now + self._open_for
         if failure is Failure.NOT_SENT:
+            if endpoint.refusals and now - seconds < endpoint.since:
+                return  # one of several that were under way when it was ejected: no new refusal
             # A time-out is dear to find out again, a refusal costs next to nothing.
             first, most = (REFUSED, MAX_REFUSED) if seconds < REFUSED else (seconds, EJECTION)
             endpoint.ejected_until = now + min(first * 2**endpoint.refusals, most)
             endpoint.refusals += 1
+            endpoint.since = now
         else:
             endpoint.observe(seconds, now)
-            if endpoint.refusals:
+            if endpoint.refusals and now - seconds >= endpoint.since:
                 self._reinstate(endpoint)
             endpoint.failures += 1
             if endpoint.failures < FAILURES_TO_EJECT or now < endpoint.ejected_at + _ejection(endpoint.ejections):
                 return
             endpoint.ejections = 1 if now - endpoint.ejected_at > 2 * MAX_EJECTION else endpoint.ejections + 1
-            endpoint.ejected_at = now
+            endpoint.ejected_at = endpoint.since = now
             endpoint.ejected_until = now + _ejection(endpoint.ejections)
         self._rebuild()
 
@@ -141,7 +144,7 @@ class Pool:
     @property
     def failing_fast_for(self) -> float:
         """Seconds that calls are turned away because every endpoint fails; 0: they are not."""
-        return max(0.0, self._open_until - self._clock())
+        return max(0.0, min(self._open_until, self._next_probe) - self._clock())
 
     def _reinstate(self, endpoint: Endpoint) -> None:
         endpoint.refusals, endpoint.ejected_until = 0, 0.0
