@@ -259,6 +259,8 @@ class Options(TypedDict, total=False):
     tags: Sequence[str]
     meta: Mapping[str, str]
     weight: int
+    running: bool
+    """False: neither started nor registered, for a test to `start` (and `register`) it when it likes."""
 
 
 @contextmanager
@@ -270,7 +272,7 @@ def running_instances(service: str, count: int = 1, **options: Unpack[Options]) 
     consul, registers_itself = options.get("consul"), options.get("registers_itself", False)
     if registers_itself and consul is None:
         raise ValueError("an instance that registers itself needs a Consul agent: pass consul=")
-    check_interval = options.get("check_interval", 10.0)
+    check_interval, running = options.get("check_interval", 10.0), options.get("running", True)
     tags, meta, weight = tuple(options.get("tags", ())), dict(options.get("meta", {})), options.get("weight", 1)
     with ExitStack() as stack:
         started = []
@@ -289,8 +291,9 @@ def running_instances(service: str, count: int = 1, **options: Unpack[Options]) 
             }
             started.append(RunningInstance(instance, consul, registers_itself, env))
             stack.callback(started[-1].close)
-            started[-1].start(wait=False)
-        for each in started:
+            if running:
+                started[-1].start(wait=False)
+        for each in started if running else ():
             each.wait_until_ready()
             if consul is not None and not registers_itself:
                 each.register(check_interval=check_interval)
