@@ -1,0 +1,374 @@
+"""Faults on real processes while a client calls: what its callers saw, and what the instances received.
+
+Shared by the tests, which assert it, and the benchmarks, which show it for other clients too. Figures are seconds
+unless their names say otherwise.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import httpx
+
+from registry import ConsulResolver, ConsulSettings, ServiceDiscoveryClient
+from registry.testing.agent import ConsulAgent
+from registry.testing.instances import RunningInstance, received, running_instances
+from registry.testing.load import Load, Report
+
+CALLS = 4_000
+"""At least so many in every scene."""
+WARM = 1_000
+"""So many before the fault."""
+
+Method = Literal["GET", "POST"]
+Sickness = Literal["500 always", "500 on half", "300 ms slow"]
+Absence = Literal["killed", "deregistered"]
+ConsulFault = Literal["killed", "emptied", "paused", "restarted while instances change"]
+Outage = Literal["killed", "paused", "500 always"]
+
+
+class Client(Protocol):
+    """What is being tried: it calls one service, whose name it was made for."""
+
+    async def call(self, method: Method, request_id: str) -> httpx.Response:
+        """One call to ``/work`` that carries the id as ``X-Request-Id``."""
+        ...
+
+    def listed(self) -> set[str] | None:
+        """The ids that it holds for alive; None: it can't say."""
+        ...
+
+
+Connect = Callable[[ConsulAgent, str, float], AbstractAsyncContextManager[Client]]
+"""``connect(agent, service, timeout)``: a client that is ready to call; ``timeout``: seconds for one attempt."""
+
+
+@dataclass
+class Ours:
+    """The client of this repository."""
+
+    client: ServiceDiscoveryClient
+    service: str
+
+    async def call(self, method: Method, request_id: str) -> httpx.Response:
+        """Through the facade, as a service calls."""
+        return await self.client.call_service(self.service, "/work", method, headers={"X-Request-Id": request_id})
+
+    def listed(self) -> set[str]:
+        """What Consul listed as passing when it was last heard."""
+        return {endpoint.id for endpoint in self.client.explain(self.service).endpoints if endpoint.listed}
+
+
+@asynccontextmanager
+async def connect_ours(agent: ConsulAgent, service: str, timeout: float) -> AsyncIterator[Client]:
+    """Ours, warm, with every other setting as it comes."""
+    settings = ConsulSettings.model_validate({"host": "127.0.0.1", "port": agent.http_port, "token": agent.token})
+    resolver = ConsulResolver(settings, upstreams=[service])
+    await resolver.start()
+    async with ServiceDiscoveryClient(resolver, timeout=timeout) as client:
+        yield Ours(client, service)
+
+
+@dataclass
+class Scene:
+    """What came of it."""
+
+    report: Report
+    requests: int
+    """What the instances received: first attempts and others."""
+    duplicated: int
+    """Ids of calls that they received more than once."""
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        return (
+            f"{self.report.calls} calls, {len(self.report.failures)} failed {dict(self.report.errors)}, "
+            f"{self.requests} requests, {self.duplicated} ids more than once; {figures}"
+        )
+
+
+@asynccontextmanager
+async def calling(
+    connect: Connect,
+    agent: ConsulAgent,
+    instances: list[RunningInstance],
+    timeout: float = 5.0,
+    method: Method = "GET",
+    rate: float | None = None,
+) -> AsyncIterator[tuple[Client, Load]]:
+    """Four callers, or calls at this rate per second, while the context is open."""
+    async with connect(agent, instances[0].instance.service, timeout) as client:
+
+        async def call(request_id: str) -> httpx.Response:
+            return await client.call(method, request_id)
+
+        async with Load(call, callers=4, rate=rate) as load:
+            yield client, load
+
+
+def scene(load: Load, instances: Iterable[RunningInstance], **figures: float) -> Scene:
+    """The scene that this load, now at its end, has been."""
+    stats = received(instances)
+    return Scene(load.report, stats.requests, len(stats.duplicated), figures)
+
+
+async def kill_one_of_three(agent: ConsulAgent, method: Method = "GET", connect: Connect = connect_ours) -> Scene:
+    """kill -9, unknown to Consul.
+
+    Figures: warm_p99 and p99 after the kill; failed_later: calls that began after it; failed_unsent: failed calls
+    that no instance received.
+    """
+    with running_instances(_name(), 3, consul=agent, check_interval=None) as instances:
+        async with calling(connect, agent, instances, method=method) as (_, load):
+            await load.reached(WARM)
+            at = load.now
+            await asyncio.to_thread(instances[1].kill)
+            killed_at = load.now
+            await load.reached(load.calls + CALLS - WARM)
+        seen = received(instances).ids
+        return scene(
+            load,
+            instances,
+            warm_p99=load.report.between(0, at).latency(0.99),
+            p99=load.report.between(at).latency(0.99),
+            failed_later=len(load.report.between(killed_at).failures),
+            failed_unsent=sum(outcome.id not in seen for outcome in load.report.failures),
+        )
+
+
+async def stop_one_of_two(agent: ConsulAgent, connect: Connect = connect_ours, seconds: float = 4.5) -> Scene:
+    """SIGSTOP, unknown to Consul, seen for so many ``seconds``; one attempt may take 2 s.
+
+    Figures: slow: calls that took longer than 1 s; slow_later: those that began 0.5 s after the stop or later.
+    """
+    with running_instances(_name(), 2, consul=agent, check_interval=None) as instances:
+        async with calling(connect, agent, instances, timeout=2.0) as (_, load):
+            await load.reached(WARM)
+            instances[1].pause()
+            at = load.now
+            await load.until(lambda: load.now > at + seconds)
+            await load.reached(CALLS)
+        return scene(
+            load,
+            instances,
+            slow=load.report.slower_than(1.0),
+            slow_later=load.report.between(at + 0.5).slower_than(1.0),
+        )
+
+
+async def sicken_one_of_three(
+    agent: ConsulAgent, sickness: Sickness, connect: Connect = connect_ours, heals_within: float = 60.0
+) -> Scene:
+    """One misbehaves, unknown to Consul, and then heals.
+
+    Figures: share: its part of all requests from 2 s after it fell ill on; back: from its healing until it had a
+    fifth of the answers.
+    """
+    with running_instances(_name(), 3, consul=agent, check_interval=None) as instances:
+        sick = instances[1]
+        async with calling(connect, agent, instances) as (_, load):
+            await load.reached(WARM)
+            if sickness == "300 ms slow":
+                await asyncio.to_thread(sick.set, delay=0.3)
+            else:
+                await asyncio.to_thread(sick.set, "error", rate=1.0 if sickness == "500 always" else 0.5)
+            at = load.now
+            await load.until(lambda: load.now > at + 2.0)
+            sick_before, all_before = sick.stats().requests, received(instances).requests
+            await load.until(lambda: load.now > at + 4.0)
+            await load.reached(CALLS)
+            sick_after, all_after = sick.stats().requests, received(instances).requests
+            await asyncio.to_thread(sick.set)
+            back = await load.until(
+                lambda: load.last(200).shares.get(sick.instance.id, 0.0) > 0.2, heals_within, what="back after healing"
+            )
+        return scene(load, instances, share=(sick_after - sick_before) / (all_after - all_before), back=back)
+
+
+async def lose_all_then_one_back(
+    agent: ConsulAgent, absence: Absence, connect: Connect = connect_ours, seconds: float = 1.5
+) -> Scene:
+    """All killed, and taken out of Consul or not; then one starts again.
+
+    Figures: of the calls that began meanwhile: gone_calls, gone_ok, gone_p99, and gone_slow: how many took longer than
+    50 ms; blocked_p99: how late a timer fired; back: from when one answers until a call succeeded.
+    """
+    with running_instances(_name(), 3, consul=agent, check_interval=None) as instances:
+        async with calling(connect, agent, instances) as (_, load):
+            await load.reached(CALLS // 2)
+            for each in instances:
+                await asyncio.to_thread(each.kill)
+                if absence == "deregistered":
+                    await asyncio.to_thread(each.deregister)
+            gone_at, late = load.now, []
+            while load.now < gone_at + seconds:
+                before = time.monotonic()
+                await asyncio.sleep(0.005)
+                late.append(time.monotonic() - before - 0.005)
+            until = load.now
+            await asyncio.to_thread(instances[0].start)
+            if absence == "deregistered":
+                await asyncio.to_thread(instances[0].register, check_interval=None)
+            back = await load.until(lambda: load.last(1).errors == {}, what="a success")
+            calls = load.calls
+            await load.reached(calls + CALLS // 2)
+        gone = load.report.between(gone_at, until)
+        return scene(
+            load,
+            instances,
+            gone_calls=gone.calls,
+            gone_ok=gone.calls - len(gone.failures),
+            gone_p99=gone.latency(0.99),
+            gone_slow=gone.slower_than(0.05),
+            blocked_p99=sorted(late)[int(len(late) * 0.99)],
+            back=back,
+            failed_later=sum(outcome.error is not None for outcome in load.report.outcomes[calls:]),
+        )
+
+
+async def break_consul(agent: ConsulAgent, fault: ConsulFault, connect: Connect = connect_ours) -> Scene:
+    """Consul itself fails for two seconds; when it is back, one more instance registers.
+
+    Figure: correct: from Consul's return until the client lists exactly those who answer (NaN: it can't say).
+    """
+    service = _name()
+    with ExitStack() as stack:
+        # As services do: they register again whatever Consul forgot.
+        instances = stack.enter_context(
+            running_instances(service, 3, consul=agent, registers_itself=True, check_interval=1.0)
+        )
+        spares = stack.enter_context(running_instances(service, 2, consul=agent, check_interval=1.0, running=False))
+        await asyncio.to_thread(_until_passing, agent, service, 3)
+        async with calling(connect, agent, instances) as (client, load):
+            await load.reached(WARM)
+            alive = {each.instance.id for each in instances}
+            if fault == "paused":
+                agent.pause()
+            else:
+                await asyncio.to_thread(agent.stop if fault == "emptied" else agent.kill)
+            at = load.now
+            if fault == "restarted while instances change":
+                await asyncio.to_thread(instances[0].kill)
+                alive.remove(instances[0].instance.id)
+            await asyncio.to_thread(spares[0].start)
+            await load.until(lambda: load.now > at + 2.0)
+            if fault == "paused":
+                agent.resume()
+            elif fault == "emptied":
+                await asyncio.to_thread(agent.restart, keep_data=False)
+            else:
+                await asyncio.to_thread(agent.start)
+            back = load.now
+            await asyncio.to_thread(spares[0].register, check_interval=1.0)
+            alive.add(spares[0].instance.id)
+            correct = float("nan")
+            if client.listed() is not None:
+                await load.until(lambda: client.listed() == alive, 30.0, what=f"a view of {sorted(alive)}")
+                correct = load.now - back
+            await load.reached(max(CALLS, load.calls + 500))
+        return scene(load, [*instances, *spares], correct=correct)
+
+
+async def scale_to_and_back(agent: ConsulAgent, count: int = 20, connect: Connect = connect_ours) -> Scene:
+    """1 → ``count`` → 1 instances, all at once each way, by their own registering and draining.
+
+    Figures: first_call: the longest that a new one waited for its first call once it answered; least and most: shares
+    relative to equal ones while all are there.
+    """
+    service = _name()
+    with ExitStack() as stack:
+        (first,) = stack.enter_context(running_instances(service, consul=agent, registers_itself=True))
+        more = stack.enter_context(
+            running_instances(service, count - 1, consul=agent, registers_itself=True, running=False)
+        )
+        await asyncio.to_thread(_until_passing, agent, service, 1)
+        async with calling(connect, agent, [first]) as (_, load):
+            await load.reached(WARM)
+            answers: dict[str, float] = {}
+
+            async def start(each: RunningInstance) -> None:
+                await asyncio.to_thread(each.start)
+                answers[each.instance.id] = load.now
+
+            await asyncio.gather(*map(start, more))
+            await load.until(lambda: len(load.report.shares) == count, what=f"all {count} called")
+            since = load.now
+            await load.reached(load.calls + CALLS)
+            shares = load.report.between(since).shares
+            for each in more:
+                each.terminate(wait=False)
+            for each in more:
+                await asyncio.to_thread(each.wait)
+            await load.reached(load.calls + 500)
+        first_calls = dict[str | None, float]()
+        for outcome in load.report.outcomes:
+            first_calls[outcome.instance] = min(outcome.started, first_calls.get(outcome.instance, outcome.started))
+        return scene(
+            load,
+            [first, *more],
+            first_call=max(first_calls[id_] - at for id_, at in answers.items()),
+            least=min(shares.values()) * count,
+            most=max(shares.values()) * count,
+        )
+
+
+async def outage(
+    agent: ConsulAgent, kind: Outage, connect: Connect = connect_ours, seconds: float = 6.0, rate: float = 400.0
+) -> Scene:
+    """All three instances of an upstream fail at once, at a steady offered load, and come back together.
+
+    Figures: during and after: requests that reached them in the outage and in the two seconds after, relative to the
+    load offered meanwhile; ok_last: how many of the calls in the last of them succeeded, relative to all.
+    """
+    with running_instances(_name(), 3, consul=agent, check_interval=None) as instances:
+        async with calling(connect, agent, instances, timeout=1.0, rate=rate) as (_, load):
+            await load.reached(WARM)
+            for each in instances:
+                if kind == "killed":
+                    await asyncio.to_thread(each.kill)
+                elif kind == "paused":
+                    each.pause()
+                else:
+                    await asyncio.to_thread(each.set, "error", status=503)
+            at, before = load.now, received(instances).requests
+            await load.until(lambda: load.now > at + seconds)
+            during, until = received(instances).requests - before, load.now
+            for each in instances:
+                if kind == "killed":
+                    await asyncio.to_thread(each.start, wait=False)
+                elif kind == "paused":
+                    each.resume()
+                else:
+                    await asyncio.to_thread(each.set)
+            for each in instances:
+                if kind == "killed":
+                    await asyncio.to_thread(each.wait_until_ready)
+            back = load.now
+            await load.until(lambda: load.now > back + 2.0)
+            after = received(instances).requests - before - during
+        last = load.report.between(back + 1.0, back + 2.0)
+        return scene(
+            load,
+            instances,
+            during=during / (rate * (until - at)),
+            after=after / (rate * (back + 2.0 - until)) if kind == "killed" else after / (rate * 2.0),
+            ok_last=1 - len(last.failures) / last.calls,
+        )
+
+
+def _name() -> str:
+    return f"scene-{uuid.uuid4().hex[:10]}"
+
+
+def _until_passing(agent: ConsulAgent, service: str, count: int) -> None:
+    deadline = time.monotonic() + 20.0
+    headers = {} if agent.token is None else {"X-Consul-Token": agent.token}
+    with httpx.Client(base_url=agent.url, headers=headers, trust_env=False) as consul:
+        while len(consul.get(f"/v1/health/service/{service}?passing").json()) < count:
+            assert time.monotonic() < deadline, f"{service} has not {count} instances"
+            time.sleep(0.02)
