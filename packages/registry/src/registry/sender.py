@@ -5,15 +5,18 @@ never made, and a POST would be sent twice.
 """
 
 import asyncio
+import select
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 import httpx
+from aiohttp.connector import Connection
 from yarl import URL
 
 from registry.model import Instance
+from registry.retry import IDEMPOTENT_METHODS
 
 __all__ = ["AiohttpSender", "HttpxSender", "Sender"]
 
@@ -127,7 +130,7 @@ class AiohttpSender:
         if self._session is None or self._loop is not loop:
             self._loop = loop
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE),
+                connector=_Connector(limit=0, keepalive_timeout=KEEPALIVE),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )
@@ -137,6 +140,34 @@ class AiohttpSender:
         """Closes all connections."""
         if self._session is not None:
             await self._session.close()
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Gives no request that can't be repeated a kept-alive connection which the instance has closed meanwhile.
+
+    The event loop learns of that only with its next turn: a POST written before then would be lost.
+    """
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: list[Any], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            if req.method in IDEMPOTENT_METHODS or not _is_closed(connection.transport):
+                return connection
+            connection.close()
+
+
+_CLOSED = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
+
+
+def _is_closed(transport: asyncio.Transport | None) -> bool:
+    """Whether the other side has closed the connection, known to the event loop or not. Never blocks."""
+    if transport is None or transport.is_closing():
+        return True
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket"), _CLOSED)
+    return bool(poll.poll(0))
 
 
 @lru_cache(maxsize=64)
