@@ -7,6 +7,7 @@ unless their names say otherwise.
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -120,8 +121,8 @@ def scene(load: Load, instances: Iterable[RunningInstance], **figures: float) ->
 async def kill_one_of_three(agent: ConsulAgent, method: Method = "GET", connect: Connect = connect_ours) -> Scene:
     """kill -9, unknown to Consul.
 
-    Figures: warm_p99 and p99 after the kill; failed_later: calls that began after it; failed_unsent: failed calls
-    that no instance received.
+    Figures: warm_p99 and p99 after the kill; failed_later: calls that began after it, or after the first failure
+    showed it.
     """
     with running_instances(_name(), 3, consul=agent, check_interval=None) as instances:
         async with calling(connect, agent, instances, method=method) as (_, load):
@@ -130,14 +131,13 @@ async def kill_one_of_three(agent: ConsulAgent, method: Method = "GET", connect:
             await asyncio.to_thread(instances[1].kill)
             killed_at = load.now
             await load.reached(load.calls + CALLS - WARM)
-        seen = received(instances).ids
+        broken = [outcome.started + outcome.seconds for outcome in load.report.failures]
         return scene(
             load,
             instances,
             warm_p99=load.report.between(0, at).latency(0.99),
             p99=load.report.between(at).latency(0.99),
-            failed_later=len(load.report.between(killed_at).failures),
-            failed_unsent=sum(outcome.id not in seen for outcome in load.report.failures),
+            failed_later=len(load.report.between(min([killed_at, *broken])).failures),
         )
 
 
@@ -275,18 +275,15 @@ async def break_consul(agent: ConsulAgent, fault: ConsulFault, connect: Connect 
 
 
 async def scale_to_and_back(agent: ConsulAgent, count: int = 20, connect: Connect = connect_ours) -> Scene:
-    """1 → ``count`` → 1 instances, all at once each way, by their own registering and draining.
+    """1 → ``count`` → 1 instances, all at once each way; on the way down each drains for half a second.
 
     Figures: first_call: the longest that a new one waited for its first call once it answered; least and most: shares
     relative to equal ones while all are there.
     """
     service = _name()
     with ExitStack() as stack:
-        (first,) = stack.enter_context(running_instances(service, consul=agent, registers_itself=True))
-        more = stack.enter_context(
-            running_instances(service, count - 1, consul=agent, registers_itself=True, running=False)
-        )
-        await asyncio.to_thread(_until_passing, agent, service, 1)
+        (first,) = stack.enter_context(running_instances(service, consul=agent))
+        more = stack.enter_context(running_instances(service, count - 1, consul=agent, running=False))
         async with calling(connect, agent, [first]) as (_, load):
             await load.reached(WARM)
             answers: dict[str, float] = {}
@@ -294,17 +291,20 @@ async def scale_to_and_back(agent: ConsulAgent, count: int = 20, connect: Connec
             async def start(each: RunningInstance) -> None:
                 await asyncio.to_thread(each.start)
                 answers[each.instance.id] = load.now
+                await asyncio.to_thread(each.register)
+
+            async def stop(each: RunningInstance) -> None:
+                await asyncio.to_thread(each.deregister)
+                await asyncio.sleep(0.5)
+                await asyncio.to_thread(each.terminate)
 
             await asyncio.gather(*map(start, more))
-            await load.until(lambda: len(load.report.shares) == count, what=f"all {count} called")
-            since = load.now
-            await load.reached(load.calls + CALLS)
+            await load.until(lambda: load.last(CALLS).shares.keys() >= answers.keys(), what=f"all {count} called")
+            since, calls = load.now, load.calls
+            await load.reached(calls + CALLS)
             shares = load.report.between(since).shares
-            for each in more:
-                each.terminate(wait=False)
-            for each in more:
-                await asyncio.to_thread(each.wait)
-            await load.reached(load.calls + 500)
+            await asyncio.gather(*map(stop, more))
+            await load.reached(load.calls + WARM)
         first_calls = dict[str | None, float]()
         for outcome in load.report.outcomes:
             first_calls[outcome.instance] = min(outcome.started, first_calls.get(outcome.instance, outcome.started))
@@ -323,7 +323,8 @@ async def outage(
     """All three instances of an upstream fail at once, at a steady offered load, and come back together.
 
     Figures: during and after: requests that reached them in the outage and in the two seconds after, relative to the
-    load offered meanwhile; ok_last: how many of the calls in the last of them succeeded, relative to all.
+    load offered meanwhile, without what lay in the queues of paused ones from calls long over; ok_last: the part of
+    the calls in the last of these seconds that succeeded.
     """
     with running_instances(_name(), 3, consul=agent, check_interval=None) as instances:
         async with calling(connect, agent, instances, timeout=1.0, rate=rate) as (_, load):
@@ -335,9 +336,10 @@ async def outage(
                     each.pause()
                 else:
                     await asyncio.to_thread(each.set, "error", status=503)
-            at, before = load.now, received(instances).requests
+            at, before = load.now, Counter(received(instances).ids)
             await load.until(lambda: load.now > at + seconds)
-            during, until = received(instances).requests - before, load.now
+            over = {outcome.id for outcome in load.report.outcomes}
+            during, until = Counter(received(instances).ids), load.now
             for each in instances:
                 if kind == "killed":
                     await asyncio.to_thread(each.start, wait=False)
@@ -350,13 +352,13 @@ async def outage(
                     await asyncio.to_thread(each.wait_until_ready)
             back = load.now
             await load.until(lambda: load.now > back + 2.0)
-            after = received(instances).requests - before - during
+            after = Counter(received(instances).ids)
         last = load.report.between(back + 1.0, back + 2.0)
         return scene(
             load,
             instances,
-            during=during / (rate * (until - at)),
-            after=after / (rate * (back + 2.0 - until)) if kind == "killed" else after / (rate * 2.0),
+            during=sum((during - before).values()) / (rate * (until - at)),
+            after=sum(times for id_, times in (after - during).items() if id_ not in over) / (rate * 2.0),
             ok_last=1 - len(last.failures) / last.calls,
         )
 
