@@ -33,16 +33,18 @@ class Endpoint:
         "instance",
         "picks",
         "refusals",
-        "since",
         "started",
+        "turn",
     )
 
-    def __init__(self, instance: Instance, latency: float = 0.0, picks: float = 0.0, now: float = 0.0) -> None:
+    def __init__(self, instance: Instance, latency: float = 0.0, turn: float = 0.0, now: float = 0.0) -> None:
         self.instance = instance
         self.started: dict[object, float] = {}
         """One entry per attempt under way, oldest first: its start."""
-        self.picks = picks
-        """How often it was picked, for shares; a newcomer starts at the others' mean, or it would be flooded."""
+        self.picks = 0
+        """How often it was picked."""
+        self.turn = turn
+        """How far it is with its share of the picks: each one moves it on by 1 / weight."""
         self.failures = 0
         """Failures in a row."""
         self.refusals = 0
@@ -50,9 +52,7 @@ class Endpoint:
         self.ejections = 0
         """How often it was ejected for failures, lately."""
         self.ejected_at = -math.inf
-        """When it was last ejected for failures."""
-        self.since = -math.inf
-        """When it was last ejected: what comes of earlier attempts says nothing about its recovery."""
+        """When it was ejected last, for whatever reason."""
         self.ejected_until = 0.0
         """0: not ejected."""
         self._latency = latency
@@ -82,8 +82,8 @@ class Endpoint:
         self._updated = now
 
     def cost(self, now: float) -> float:
-        """What one more attempt here would wait for, relative to the instance's weight."""
-        return (len(self.started) + 1) * (self.latency(now) + _FLOOR) / self.instance.weight
+        """What one more attempt here would wait for. Weights count among the busy: the idle ones cost the same."""
+        return (1 + len(self.started) / self.instance.weight) * (self.latency(now) + _FLOOR)
 
 
 class Candidates(list[Endpoint]):
@@ -92,6 +92,8 @@ class Candidates(list[Endpoint]):
     def __init__(self, endpoints: Sequence[Endpoint] = ()) -> None:
         super().__init__(endpoints)
         weights = [endpoint.instance.weight for endpoint in endpoints]
+        self.weight = sum(weights)
+        """All weights together."""
         self._cumulative = list(accumulate(weights)) if len(set(weights)) > 1 else None
 
     def sample(self) -> Endpoint:
@@ -118,7 +120,7 @@ Pick = Callable[[Candidates, float], Endpoint]
 
 
 def power_of_two_choices(candidates: Candidates, now: float) -> Endpoint:
-    """The cheaper of two random ones; the one picked less often when they cost about the same.
+    """The cheaper of two random ones; the one further behind its share when they cost about the same.
 
     Source: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001.
     """
@@ -131,7 +133,7 @@ def power_of_two_choices(candidates: Candidates, now: float) -> Endpoint:
         return two
     if cost_two >= 2 * cost_one:
         return one
-    return one if one.picks / one.instance.weight <= two.picks / two.instance.weight else two
+    return one if one.turn <= two.turn else two
 
 
 def random_choice(candidates: Candidates, now: float) -> Endpoint:

@@ -5,6 +5,7 @@ doubling time, and one probe decides.
 """
 
 import math
+import random
 import time
 from collections.abc import Callable, Collection
 
@@ -21,11 +22,19 @@ FAILURES_TO_EJECT = 5
 EJECTION = 30.0
 MAX_EJECTION = 300.0
 REFUSED = 0.1
-"""Seconds of the first ejection after a refused connection; doubling."""
+"""Seconds of the first ejection after a refused connection, and of the first failing fast; both double."""
 MAX_REFUSED = 0.8
 """A returning instance must be found within a second."""
+DEAR = 0.5
+"""Seconds from which an attempt to connect was no refusal but a time-out, which is dear to find out again."""
+PROBE_EVERY = 0.1
+"""Seconds between probes, of whichever endpoint: the retry budget pays for failed ones, and gives 10 a second."""
 KEEP_GONE = 60.0
 """Seconds that an endpoint which Consul no longer lists is remembered while others serve."""
+MAX_GONE = 10_000
+"""So many of them are remembered, the last that left."""
+LEAD = 4.0
+"""Turns that an endpoint may be ahead or behind: one that was avoided must not make up for all it missed."""
 
 
 class Pool:
@@ -45,7 +54,8 @@ class Pool:
         self._candidates = Candidates()
         self._last_resort = Candidates()
         self._live = 0
-        self._next_probe = math.inf
+        self._turn, self._step = 0.0, 1.0
+        self._probed = self._next_probe = -math.inf
         self._open_until = 0.0
         self._open_for = 0.0
 
@@ -53,21 +63,20 @@ class Pool:
         """Consul's view changed. What is known of endpoints that stay is kept; one that returns starts anew."""
         now = self._clock()
         before, self.endpoints, self.snapshot = self.endpoints, {}, snapshot
-        latency = picks = 0.0
-        for endpoint in before.values():
-            latency += endpoint.latency(now) / len(before)
-            picks += endpoint.picks / endpoint.instance.weight / len(before)
+        # A newcomer is as good as the best until it shows, or it would be flooded, or starved by a slow one's average.
+        best = min((endpoint.latency(now) for endpoint in before.values() if not endpoint.ejected_until), default=0.0)
         for instance in snapshot:
             key = (instance.id, instance.address, instance.port)
-            endpoint = before.pop(key) if key in before else Endpoint(instance, latency, picks * instance.weight, now)
+            endpoint = before.pop(key, None) or Endpoint(instance, best, self._turn, now)
             endpoint.instance = instance
             self.endpoints[key] = endpoint
-        left = {key: (endpoint, now) for key, endpoint in before.items()}
-        self.gone = {
-            key: (endpoint, since)
-            for key, (endpoint, since) in (self.gone | left).items()
-            if key not in self.endpoints and (not snapshot or now - since < KEEP_GONE)
-        }
+        gone = self.gone | {key: (endpoint, now) for key, endpoint in before.items()}
+        kept = [
+            (key, (endpoint, since))
+            for key, (endpoint, since) in gone.items()
+            if key not in self.endpoints and now - since < KEEP_GONE
+        ]
+        self.gone = dict(kept[-MAX_GONE:])
         self._rebuild()
 
     def pick(self, tried: Collection[Endpoint], *, safe: bool) -> Endpoint | None:
@@ -76,54 +85,56 @@ class Pool:
         ``safe``: the call can be sent again, so that it may be the probe of an endpoint that answered badly.
         """
         now = self._clock()
-        endpoint = self._probe(tried, now, safe) if now >= self._next_probe else None
+        # At most one probe in a call: it must have attempts left for those that are known to work.
+        endpoint = self._probe(now, safe) if now >= self._next_probe and not tried else None
         if endpoint is None:
             endpoint = self._half_open(tried, now) if self._open_until else self._choose(self._candidates, tried, now)
-        if endpoint is None:
-            return self._choose(self._last_resort, tried, now)
-        endpoint.picks += 1
+        if endpoint is None and not self._live:
+            endpoint = self._choose(self._last_resort, tried, now)
+        if endpoint is not None:
+            self._turn += self._step
+            endpoint.turn = min(max(endpoint.turn, self._turn - LEAD), self._turn + LEAD) + 1 / endpoint.instance.weight
+            endpoint.picks += 1
         return endpoint
 
     def succeeded(self, endpoint: Endpoint, seconds: float) -> None:
-        """The endpoint answered: what it was ejected for is over, unless the attempt began before."""
+        """The endpoint answered: whatever it was ejected for is over, if it was asked after that."""
         now = self._clock()
         endpoint.observe(seconds, now)
-        endpoint.failures = 0
-        if endpoint.ejected_until and now - seconds >= endpoint.since:
+        if endpoint.ejected_until:
+            if now - seconds < endpoint.ejected_at:
+                return
             self._reinstate(endpoint)
+        endpoint.failures = 0
 
     def failed(self, endpoint: Endpoint, failure: Failure, seconds: float) -> None:
         """The attempt failed: not sent ejects at once, the fifth other failure in a row ejects for longer."""
         now = self._clock()
-        key = _key(endpoint)
-        if key in self.gone:
-            endpoint.failures += 1
-            # Gone from Consul, and no answer either: nothing speaks for it any more. A bad answer is one all the same.
-            if failure is Failure.NOT_SENT or endpoint.failures >= FAILURES_TO_EJECT:
-                del self.gone[key]
-                self._rebuild()
-            return
-        if self._live == 0:
-            self._open_for = min(2 * self._open_for or REFUSED, MAX_REFUSED)
-            self._open_until = now + self._open_for
-        if failure is Failure.NOT_SENT:
-            if endpoint.refusals and now - seconds < endpoint.since:
-                return  # one of several that were under way when it was ejected: no new refusal
-            # A time-out is dear to find out again, a refusal costs next to nothing.
-            first, most = (REFUSED, MAX_REFUSED) if seconds < REFUSED else (seconds, EJECTION)
-            endpoint.ejected_until = now + min(first * 2**endpoint.refusals, most)
-            endpoint.refusals += 1
-            endpoint.since = now
-        else:
+        if failure is not Failure.NOT_SENT:
             endpoint.observe(seconds, now)
-            if endpoint.refusals and now - seconds >= endpoint.since:
+        if self.endpoints.get(_key(endpoint)) is not endpoint:
+            self._failed_unlisted(endpoint, failure)
+            return
+        if endpoint.ejected_until and now - seconds < endpoint.ejected_at:
+            return  # It began before the ejection, and says nothing about the time since.
+        if not self._live and not self._open_until:
+            self._open_for = REFUSED
+            self._open_until = now + REFUSED
+        if failure is Failure.NOT_SENT:
+            first, most = (REFUSED, MAX_REFUSED) if seconds < DEAR else (seconds, EJECTION)
+            endpoint.ejected_until = now + min(first * 2 ** min(endpoint.refusals, 10), most)
+            endpoint.refusals += 1
+            # Whoever listens there next is another process.
+            endpoint.failures = endpoint.ejections = 0
+        else:
+            if endpoint.refusals:
                 self._reinstate(endpoint)
             endpoint.failures += 1
             if endpoint.failures < FAILURES_TO_EJECT or now < endpoint.ejected_at + _ejection(endpoint.ejections):
                 return
             endpoint.ejections = 1 if now - endpoint.ejected_at > 2 * MAX_EJECTION else endpoint.ejections + 1
-            endpoint.ejected_at = endpoint.since = now
             endpoint.ejected_until = now + _ejection(endpoint.ejections)
+        endpoint.ejected_at = now
         self._rebuild()
 
     def unavailable(self) -> NoHealthyInstanceError:
@@ -150,18 +161,27 @@ class Pool:
         endpoint.refusals, endpoint.ejected_until = 0, 0.0
         self._rebuild()
 
+    def _failed_unlisted(self, endpoint: Endpoint, failure: Failure) -> None:
+        endpoint.failures += 1
+        if failure is Failure.NOT_SENT or endpoint.failures >= FAILURES_TO_EJECT:
+            # Gone from Consul, and no good answer either: nothing speaks for it any more.
+            self.gone.pop(_key(endpoint), None)
+            self._rebuild()
+
     def _rebuild(self) -> None:
         live = [endpoint for endpoint in self.endpoints.values() if not endpoint.ejected_until]
         ejected = [endpoint for endpoint in self.endpoints.values() if endpoint.ejected_until]
         self._live = len(live)
-        self._next_probe = min((endpoint.ejected_until for endpoint in ejected), default=math.inf)
-        if live:
+        due = min((endpoint.ejected_until for endpoint in ejected), default=math.inf)
+        self._next_probe = max(due, self._probed + PROBE_EVERY)
+        if live or not ejected:
             self._open_until = self._open_for = 0.0
         if 2 * len(live) < len(self.endpoints):
             # Too few to carry the load: those that answered badly may still answer well enough.
             live += [endpoint for endpoint in ejected if not endpoint.refusals or not self._live]
         self._candidates = Candidates(live)
         self._last_resort = Candidates([endpoint for endpoint, _ in self.gone.values()])
+        self._step = 1 / (self._candidates.weight or self._last_resort.weight or 1)
 
     def _choose(self, candidates: Candidates, tried: Collection[Endpoint], now: float) -> Endpoint | None:
         if not candidates:
@@ -172,25 +192,33 @@ class Pool:
         untried = Candidates([endpoint for endpoint in candidates if endpoint not in tried])
         return self._pick(untried, now) if untried else None
 
-    def _probe(self, tried: Collection[Endpoint], now: float, safe: bool) -> Endpoint | None:
-        for endpoint in self.endpoints.values():
-            if not 0 < endpoint.ejected_until <= now or endpoint in tried:
-                continue
-            # An endpoint that answers badly would fail a call that can't be repeated: let a safe one find out.
-            if safe or endpoint.refusals or now > endpoint.ejected_until + EJECTION:
-                # Ejected on until the probe has an answer, or for as long again if it never gets one.
-                endpoint.ejected_until = now + (MAX_REFUSED if endpoint.refusals else EJECTION)
-                self._rebuild()
-                return endpoint
-        self._next_probe = now + REFUSED  # nobody was fit for it: don't look again at every call
-        return None
+    def _probe(self, now: float, safe: bool) -> Endpoint | None:
+        self._probed = now
+        due = [
+            endpoint
+            for endpoint in self.endpoints.values()
+            if 0 < endpoint.ejected_until <= now
+            # One that answers badly would fail a call that can't be repeated: let a safe one find out.
+            and (safe or endpoint.refusals or now > endpoint.ejected_until + EJECTION)
+        ]
+        if not due:
+            self._next_probe = now + PROBE_EVERY
+            return None
+        endpoint = min(due, key=lambda endpoint: endpoint.ejected_until)
+        # Ejected on until the probe has an answer, or for as long again if it never gets one.
+        endpoint.ejected_until = now + (MAX_REFUSED if endpoint.refusals else EJECTION)
+        self._rebuild()
+        return endpoint
 
     def _half_open(self, tried: Collection[Endpoint], now: float) -> Endpoint | None:
+        if not tried:
+            if now < self._open_until:
+                return None
+            self._open_for = min(2 * self._open_for, MAX_REFUSED)
+            self._open_until = now + self._open_for
+        # A call that is under way goes on to the others, so that one probe finds the one that is back.
         untried = [endpoint for endpoint in self.endpoints.values() if endpoint not in tried]
-        if now < self._open_until or not untried:
-            return None
-        self._open_until = now + self._open_for
-        return min(untried, key=lambda endpoint: endpoint.ejected_until)
+        return random.choice(untried) if untried else None
 
 
 def _ejection(times: int) -> float:

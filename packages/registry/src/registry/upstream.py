@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
-from statistics import quantiles
 
 from registry.balancing import Endpoint
 from registry.errors import RegistryError, RegistryUnavailableError
@@ -27,7 +26,7 @@ class EndpointState:
     in_flight: int
     latency: float
     picks: int
-    """How often it was picked, a newcomer being credited with the others' mean."""
+    """How often it was picked."""
     failures: int
     """Failures in a row."""
     ejected_for: float
@@ -85,7 +84,8 @@ class Upstream:
 
     def p95(self) -> float | None:
         """Seconds within which 95 % of the last answers came; None when too few have come to say."""
-        return quantiles(self.latencies, n=20)[-1] if len(self.latencies) >= 20 else None
+        size = len(self.latencies)
+        return sorted(self.latencies)[size * 95 // 100] if size >= 20 else None
 
     def explain(self) -> Explanation:
         """The state of every endpoint, listed first, then by id."""
@@ -101,7 +101,7 @@ class Upstream:
                     weight=endpoint.instance.weight,
                     in_flight=endpoint.in_flight,
                     latency=endpoint.latency(now),
-                    picks=round(endpoint.picks),
+                    picks=endpoint.picks,
                     failures=endpoint.failures,
                     ejected_for=max(0.0, endpoint.ejected_until - now),
                     listed=listed,
