@@ -3,10 +3,12 @@
 ``registry.fastapi`` reads both from the request's headers; the transport obeys and passes them on.
 """
 
+import re
 import time
+from collections.abc import Iterable
 from contextvars import ContextVar
 
-__all__ = ["DEADLINE_HEADER", "RETRY_HEADER", "deadline", "is_retry", "seconds_left"]
+__all__ = ["DEADLINE_HEADER", "RETRY_HEADER", "deadline", "is_retry", "read"]
 
 DEADLINE_HEADER = "X-Request-Deadline"
 """Unix time, in seconds with a fraction, after which nobody waits for the answer.
@@ -15,7 +17,13 @@ A point in time and not a duration, because a request can wait unseen in the que
 of machines that call each other must agree to well within their time-outs.
 """
 RETRY_HEADER = "X-Retry-Attempt"
-"""The number of the attempt, from 2 on."""
+"""The number of the attempt, from 2 on; said once an earlier one may have been executed."""
+
+_DEADLINE, _RETRY = DEADLINE_HEADER.lower().encode(), RETRY_HEADER.lower().encode()
+_STAMP = re.compile(rb"[0-9]{1,15}(\.[0-9]{1,9})?")
+_ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,3}")
+_EARLIEST = 1e9
+_AHEAD = 86_400.0
 
 deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 """Unix time by which the request being served must be answered."""
@@ -23,9 +31,17 @@ is_retry: ContextVar[bool] = ContextVar("is_retry", default=False)
 """Whether the request being served is a retry, so that calls on its behalf must not be multiplied again."""
 
 
-def seconds_left(stamp: str) -> float | None:
-    """Seconds until the deadline in a header, below 0 when it has passed; None when it is no number."""
-    try:
-        return float(stamp) - time.time()
-    except ValueError:
-        return None
+def read(headers: Iterable[tuple[bytes, bytes]]) -> tuple[float | None, bool]:
+    """The deadline and whether it is a retry, from a request's headers, whose names are in lower case.
+
+    None stands for no deadline, and for one that no caller can mean: a duration in place of a time, milliseconds, or a
+    time more than a day ahead.
+    """
+    deadline, is_retry = None, False
+    for name, value in headers:
+        if name == _DEADLINE:
+            stamp = float(value) if _STAMP.fullmatch(value) else 0.0
+            deadline = stamp if _EARLIEST <= stamp <= time.time() + _AHEAD else None
+        elif name == _RETRY:
+            is_retry = _ATTEMPT.fullmatch(value) is not None
+    return deadline, is_retry

@@ -1,13 +1,16 @@
 """A FastAPI service that is found as long as it can answer, and finds others: lifespan, middleware, dependency."""
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from registry import context
 from registry.client import ServiceDiscoveryClient
 from registry.consul.presence import Registrar
 from registry.consul.resolver import ConsulResolver
@@ -59,12 +62,17 @@ class RegistryMiddleware:
     """Puts ``X-Service-Instance: <id>`` on every response: ``app.add_middleware(RegistryMiddleware)``.
 
     While the instance drains, also ``Connection: close``: no caller keeps a connection that is about to be cut.
+    A request whose deadline has passed is answered 504 at once, and the app never sees it. The deadline and the retry
+    marker hold for the calls that a ServiceDiscoveryClient makes on the request's behalf, until it is answered.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await _within_deadline(self._app, scope, receive, send)
+            return
         if scope["type"] != "lifespan":
             await self._app(scope, receive, send)
             return
@@ -76,6 +84,29 @@ class RegistryMiddleware:
             await self._app(scope, receive, send)
         finally:
             app.middleware_stack = whole
+
+
+async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    deadline, is_retry = context.read(scope["headers"])
+    if deadline is not None and deadline <= time.time():
+        # Whoever asked has gone: an instance that was stopped must not work off what queued up meanwhile.
+        late = f"the deadline in {context.DEADLINE_HEADER} passed {time.time() - deadline:.3f} s ago"
+        await JSONResponse({"detail": late}, status_code=504)(scope, receive, send)
+        return
+
+    async def send_and_release(message: Message) -> None:
+        await send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            # Nobody waits for what background tasks do.
+            context.deadline.set(None)
+            context.is_retry.set(False)
+
+    before = context.deadline.set(deadline), context.is_retry.set(is_retry)
+    try:
+        await app(scope, receive, send_and_release)
+    finally:
+        context.deadline.reset(before[0])
+        context.is_retry.reset(before[1])
 
 
 async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
