@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import lru_cache
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -123,7 +125,9 @@ class ServiceDiscoveryClient:
         else:
             request = self._request(method, service_name, url, headers, json, data, extensions)
             # The short way: through the same transport, without httpx's client around it.
+            started = perf_counter()
             response = await self._transport.send(request, read=True, limit=limit)
+            response.elapsed = timedelta(seconds=perf_counter() - started)
             if response.has_redirect_location:
                 extensions["answered"] = response
                 response = await http.send(request)
