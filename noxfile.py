@@ -18,7 +18,7 @@ MEMBERS = sorted(
     for folder in ("packages", "services")
     for path in ROOT.glob(f"{folder}/*/pyproject.toml")
 )
-TYPED = ["packages", "services", "deploy/local", "tests", "conftest.py", "noxfile.py"]
+TYPED = ["packages", "services", "deploy/local", "benchmarks", "tests", "conftest.py", "noxfile.py"]
 
 
 @nox.session
@@ -51,6 +51,13 @@ def demo(session: nox.Session) -> None:
     install(session)
     # After Ctrl-C the services withdraw from Consul and drain before they end.
     session.run("python", "deploy/local/demo.py", *session.posargs, interrupt_timeout=15.0)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure clients and failover anew, into docs/benchmarks, in about twenty minutes; `-- --quick` tries it out."""
+    install(session)
+    session.run("python", "-m", "benchmarks", *session.posargs)
 
 
 @nox.session(venv_backend="none")

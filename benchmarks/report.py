@@ -1,0 +1,155 @@
+"""Writes a run down for readers: tables in Markdown, the samples in JSON, a plot."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.clients import CLIENTS
+from benchmarks.plot import plot
+from benchmarks.results import Results
+
+__all__ = ["write"]
+
+FLEET = 3
+"""The promises are about so many instances; or about the nearest number that was measured."""
+
+
+def write(results: Results, folder: Path) -> None:
+    """README.md, results.json and throughput.svg in the folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(asdict(results), indent=1) + "\n")
+    (folder / "throughput.svg").write_text(plot(results, _fleet(results)))
+    (folder / "README.md").write_text(_page(results))
+
+
+def _page(results: Results) -> str:
+    fleet = _fleet(results)
+    sections = [
+        "# Benchmarks",
+        "Written by `python3 -m nox -s bench`, which measures everything below anew. All samples are in "
+        "[results.json](results.json).",
+        _table(["", ""], results.environment.items()),
+        f"One client process and {min(3, max(results.sizes()))} server processes on loopback share these cores. Every "
+        "call reads the status and the body of one small answer, and checks both. The clients take turns: "
+        f"{results.rounds} rounds, in each of them {results.seconds:g} s per client, number of callers and number of "
+        "instances, after a warm-up. Figures are medians over the rounds, ratios are taken within each round first. "
+        "CPU is that of the client process per call: the steadier figure where others use the machine too. The usual "
+        "sample is measured in one round only. Instances are registrations in a real Consul, each with a loopback "
+        "address of its own; clients that know no registry are given the addresses and take turns.",
+        "## Promises",
+        _table(["", "seen", "promised", ""], _promises(results)),
+        f"## {fleet} instances",
+        "![Calls per second](throughput.svg)",
+        *(_clients(results, callers, fleet) for callers in results.callers()),
+        "## Other numbers of instances",
+        "Calls per second, and µs of client CPU per call.",
+        *(_fleets(results, callers) for callers in results.callers()),
+        "## What discovery costs",
+        "A pick, from the service's name to an instance while 32 calls are under way, takes at the median "
+        + " and ".join(f"{micros:.1f} µs among {size:,} instances" for size, micros in results.pick.items())
+        + f". During 10,000 calls in steady state Consul got {results.consul_requests} requests.",
+        "## Failover",
+        "Real processes, a real Consul, four callers without a pause, at least 4,000 calls each; where it says so, "
+        "a steady load instead. While all instances are gone, calls fail by design. `tests/failover` asserts the same. "
+        "Received twice: calls of which instances got a first attempt and another; only those that may be repeated.",
+        _table(
+            ["scene", "calls", "failed", "received twice", "p50 ms", "p99 ms", "promised", "seen", ""],
+            (
+                (
+                    each.scene,
+                    *(f"{count:,}" for count in (each.calls, each.failed, each.duplicated)),
+                    *(f"{each.p50:.2f}", f"{each.p99:.1f}"),
+                    *(each.promise, each.seen, _mark(each.kept)),
+                )
+                for each in results.failover
+            ),
+        ),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _promises(results: Results) -> list[tuple[str, str, str, str]]:
+    crowd, fleet = _crowd(results), _fleet(results)
+    few = results.callers()[0]
+    by_httpx = results.ratio("facade", "httpx", crowd, fleet, lambda sample: sample.calls_per_second)
+    by_aiohttp = results.ratio("facade", "aiohttp", crowd, fleet, lambda sample: sample.calls_per_second)
+    cpu = results.ratio("facade", "aiohttp", crowd, fleet, lambda sample: 1 / sample.cpu)
+    latency = results.ratio("facade", "httpx", few, fleet, lambda sample: sample.p50)
+    return [
+        (f"calls/s at {crowd} callers, by bare httpx", f"{by_httpx:.1f}", "≥ 8", _mark(by_httpx >= 8)),
+        (f"calls/s at {crowd} callers, by bare aiohttp", f"{by_aiohttp:.2f}", "≥ 0.45", _mark(by_aiohttp >= 0.45)),
+        ("the same by CPU per call", f"{cpu:.2f}", "", ""),
+        (f"p50 at {_several(few, 'caller')}, by bare httpx", f"{latency:.2f}", "≤ 0.5", _mark(latency <= 0.5)),
+        *(
+            (f"pick among {size:,} instances, p50", f"{micros:.1f} µs", "≤ 5 µs", _mark(micros <= 5))
+            for size, micros in results.pick.items()
+        ),
+        ("Consul requests per 10,000 calls", str(results.consul_requests), "0", _mark(not results.consul_requests)),
+        (
+            "failover scenes as promised",
+            f"{sum(each.kept for each in results.failover)} of {len(results.failover)}",
+            "all",
+            _mark(all(each.kept for each in results.failover)),
+        ),
+    ]
+
+
+def _clients(results: Results, callers: int, instances: int) -> str:
+    rows = []
+    for client in CLIENTS:
+        cell = (client.name, callers, instances)
+        rates = [
+            results.ratio(client.name, base, callers, instances, lambda sample: sample.calls_per_second)
+            for base in ("httpx", "aiohttp")
+        ]
+        rows.append(
+            (
+                client.title,
+                f"{results.median(*cell, lambda sample: sample.calls_per_second):,.0f}",
+                *(f"{rate:.2f}" for rate in rates),
+                f"{results.median(*cell, lambda sample: sample.cpu):,.0f}",
+                f"{results.median(*cell, lambda sample: sample.p50):,.2f}",
+                f"{results.median(*cell, lambda sample: sample.p99):,.2f}",
+            )
+        )
+    head = [_several(callers, "caller"), "calls/s", "by httpx", "by aiohttp", "CPU µs", "p50 ms", "p99 ms"]
+    return _table(head, rows)
+
+
+def _fleets(results: Results, callers: int) -> str:
+    rows = []
+    for client in CLIENTS:
+        cells = [(client.name, callers, size) for size in results.sizes()]
+        rows.append(
+            (
+                client.title,
+                *(
+                    f"{results.median(*cell, lambda sample: sample.calls_per_second):,.0f} "
+                    f"({results.median(*cell, lambda sample: sample.cpu):,.0f})"
+                    for cell in cells
+                ),
+            )
+        )
+    return _table([_several(callers, "caller"), *(_several(size, "instance") for size in results.sizes())], rows)
+
+
+def _several(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' if count > 1 else ''}"
+
+
+def _crowd(results: Results) -> int:
+    return min(results.callers(), key=lambda callers: abs(callers - 32))
+
+
+def _fleet(results: Results) -> int:
+    return min(results.sizes(), key=lambda size: abs(size - FLEET))
+
+
+def _mark(kept: bool) -> str:
+    return "✓" if kept else "✗"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,24 @@
+"""The benchmarks run, and write down what they found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_quick_run(tmp_path: Path) -> None:
+    """A run on tiny numbers measures every client, plays a scene, and writes the page, the samples and the plot."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--output", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    clients = {sample["client"] for sample in results["samples"]}
+    assert clients == {"usual", "httpx", "httpx_aiohttp", "transport", "facade", "aiohttp"}
+    assert results["consul_requests"] == 0
+    page = (tmp_path / "README.md").read_text()
+    assert "calls/s at 4 callers, by bare httpx" in page
+    assert results["failover"][0]["scene"] in page
+    ElementTree.parse(tmp_path / "throughput.svg")
