@@ -14,8 +14,13 @@ from registry.model import Instance
 
 __all__ = ["Candidates", "Endpoint", "Pick", "named_pick", "power_of_two_choices", "random_choice", "round_robin"]
 
-DECAY = 3.0
-"""Seconds after which an old latency counts for 1/e; a slow instance is tried again after about four of them."""
+DECAY = 0.2
+"""Seconds after which an old latency counts for 1/e; doubled by every peak in a row.
+
+One slow answer, a first connection say, is forgotten after about two seconds; an instance that is slow each time that
+it is tried again is tried ever more rarely.
+"""
+MAX_PEAKS = 4
 _FLOOR = 1e-4
 """Seconds below which latencies are noise, so that in-flight requests decide among fast instances."""
 
@@ -25,6 +30,7 @@ class Endpoint:
 
     __slots__ = (
         "_latency",
+        "_peaks",
         "_updated",
         "ejected_at",
         "ejected_until",
@@ -57,11 +63,17 @@ class Endpoint:
         """0: not ejected."""
         self._latency = latency
         self._updated = now
+        self._peaks = 0
 
     @property
     def in_flight(self) -> int:
         """Attempts under way."""
         return len(self.started)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it failed last, or is ejected: what it answers next is not to be relied on."""
+        return self.failures > 0 or self.ejected_until > 0.0
 
     def latency(self, now: float) -> float:
         """Seconds that an answer takes: a decaying average that jumps to every peak, or the age of the oldest attempt.
@@ -69,7 +81,7 @@ class Endpoint:
         Source: "peak EWMA",
         https://github.com/twitter/finagle/blob/develop/finagle-core/src/main/scala/com/twitter/finagle/loadbalancer/PeakEwma.scala
         """
-        decayed = self._latency * math.exp((self._updated - now) / DECAY)
+        decayed = self._latency * self._weight(now)
         if self.started:
             # An instance that hangs has nothing to report: its silence is the sample.
             return max(decayed, now - next(iter(self.started.values())))
@@ -77,9 +89,17 @@ class Endpoint:
 
     def observe(self, seconds: float, now: float) -> None:
         """An answer took so long."""
-        weight = math.exp((self._updated - now) / DECAY)
-        self._latency = max(seconds, self._latency * weight + seconds * (1 - weight))
+        weight = self._weight(now)
+        decayed = self._latency * weight
+        if seconds > 2 * decayed:
+            self._peaks = min(self._peaks + 1, MAX_PEAKS)
+        elif 2 * seconds < decayed:
+            self._peaks = max(self._peaks - 1, 0)
+        self._latency = max(seconds, decayed + seconds * (1 - weight))
         self._updated = now
+
+    def _weight(self, now: float) -> float:
+        return math.exp((self._updated - now) / (DECAY * 2**self._peaks))
 
     def cost(self, now: float) -> float:
         """What one more attempt here would wait for. Weights count among the busy: the idle ones cost the same."""

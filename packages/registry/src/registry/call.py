@@ -58,7 +58,10 @@ class Call:
         self.notes: list[str] = []
         self.outcome: Outcome | None = None
         self._limit = limit
-        self._deadline = time.time() + deadline if deadline is not None else math.inf
+        # A redirect is part of the call that it answers: httpx hands the extensions on.
+        self._deadline: float = request.extensions.setdefault(
+            "deadline_at", math.inf if deadline is None else time.time() + deadline
+        )
         inherited = context.deadline.get()
         if inherited is not None:
             self._deadline = min(self._deadline, inherited)

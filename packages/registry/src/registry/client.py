@@ -1,12 +1,13 @@
 """The facade: call a service by name, get an ``httpx.Response`` or an error that says what happened."""
 
+import math
 import re
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import lru_cache
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import httpx
 
@@ -16,7 +17,7 @@ from registry.resolver import Resolver
 from registry.retry import RetryPolicy
 from registry.transport import DiscoveryTransport
 from registry.upstream import Explanation
-from registry.validation import check_path, check_service
+from registry.validation import check_path, check_service, check_tag
 
 __all__ = ["ServiceDiscoveryClient"]
 
@@ -27,6 +28,7 @@ _UNSAFE_IN_HEADER = re.compile(r"[\r\n\0]")
 _MAX_CONNECT = 2.0
 
 
+@runtime_checkable
 class _HasResolver(Protocol):
     def resolver(self) -> Resolver: ...
 
@@ -52,16 +54,12 @@ class ServiceDiscoveryClient:
         hedge: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        if timeout <= 0 or retry_delay < 0 or max_retries < 1 or (deadline is not None and deadline <= 0):
-            raise InvalidInputError(
-                "timeout and deadline are seconds above 0, retry_delay is 0 or more, max_retries is 1 or more"
-            )
-        self._timeout = timeout
+        self._timeout = _check_seconds("timeout", timeout)
         self._hedge = hedge
         self._transport = DiscoveryTransport(
-            registry if isinstance(registry, Resolver) else registry.resolver(),
+            registry.resolver() if isinstance(registry, _HasResolver) else registry,
             retry=RetryPolicy(max_retries, retry_delay),
-            deadline=2 * timeout if deadline is None else deadline,
+            deadline=2 * timeout if deadline is None else _check_seconds("deadline", deadline),
             policy=policy,
             transport=transport,
         )
@@ -107,11 +105,16 @@ class ServiceDiscoveryClient:
         for name, value in (headers or {}).items():
             if _UNSAFE_IN_HEADER.search(f"{name}{value}"):
                 raise InvalidInputError(f"header {name!r} holds a line break or NUL: remove it")
-        extensions: dict[str, Any] = {"tag": tag, "hedge": self._hedge if hedge is None else hedge}
+        extensions: dict[str, Any] = {
+            "tag": None if tag is None else check_tag(tag),
+            "hedge": self._hedge if hedge is None else hedge,
+        }
         if idempotent is not None:
             extensions["idempotent"] = idempotent
-        limit = self._timeout if timeout is None else timeout
+        limit = self._timeout if timeout is None else _check_seconds("timeout", timeout)
         extensions["timeout"] = self._timeouts.get(limit) or _timeouts(limit).as_dict()
+        if isinstance(data, (str, bytes)):
+            kwargs["content"], data = data, None
         if params is not None:
             url = url.copy_merge_params(params)
         http = self.http
@@ -129,7 +132,7 @@ class ServiceDiscoveryClient:
             response = await self._transport.send(request, read=True, limit=limit)
             response.elapsed = timedelta(seconds=perf_counter() - started)
             if response.has_redirect_location:
-                extensions["answered"] = response
+                request.extensions["answered"] = response
                 response = await http.send(request)
         try:
             return response.raise_for_status() if response.is_error else response
@@ -194,6 +197,12 @@ class ServiceDiscoveryClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _check_seconds(name: str, seconds: float) -> float:
+    if not 0 < seconds < math.inf:
+        raise InvalidInputError(f"{name}={seconds!r}: pass a number of seconds above 0")
+    return seconds
 
 
 def _timeouts(seconds: float) -> httpx.Timeout:

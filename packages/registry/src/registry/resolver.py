@@ -43,12 +43,13 @@ class StaticResolver:
 
     def __init__(self, services: Mapping[str, Sequence[Instance]]) -> None:
         self._services = {
-            name: tuple(sorted(instances, key=lambda instance: instance.id)) for name, instances in services.items()
+            name.lower(): tuple(sorted(instances, key=lambda instance: instance.id))
+            for name, instances in services.items()
         }
         self._tagged: dict[tuple[str, str], Snapshot] = {}
 
     def resolve(self, service: str, tag: str | None = None) -> Snapshot:
-        instances = self._services.get(service, ())
+        instances = self._services.get(service.lower(), ())
         if tag is not None:
             tagged = tuple(instance for instance in instances if tag in instance.tags)
             instances = self._tagged.setdefault((service, tag), tagged)

@@ -1,5 +1,6 @@
 """Whether and when a failed attempt is followed by another: a decision table, a delay and a budget. No I/O."""
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from enum import Enum
 
 import httpx
 import tenacity
+
+from registry.errors import InvalidInputError
 
 __all__ = ["Backoff", "Failure", "RetryBudget", "RetryPolicy", "classify", "is_idempotent", "retry_after"]
 
@@ -104,6 +107,10 @@ class RetryPolicy:
     max_retries: int = 3
     retry_delay: float = 1.0
     max_delay: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not (self.max_retries >= 1 and 0 <= self.retry_delay < math.inf and self.max_delay >= 0):
+            raise InvalidInputError("max_retries is 1 or more, retry_delay and max_delay are seconds, 0 or more")
 
     def allows(self, failure: Failure, *, idempotent: bool, replayable: bool) -> bool:
         """Whether this failure may be followed by another attempt at all.

@@ -15,6 +15,7 @@ import httpx
 from aiohttp.connector import Connection
 from yarl import URL
 
+from registry.errors import InvalidInputError
 from registry.model import Instance
 from registry.retry import IDEMPOTENT_METHODS
 
@@ -90,7 +91,7 @@ class AiohttpSender:
         headers += extra.items()
         body: bytes | httpx.AsyncByteStream | None
         if isinstance(request.stream, httpx.ByteStream):
-            body = request.content or None
+            body = b"".join(request.stream) or None  # not .content, which a redirected request lacks
         else:
             body = request.stream  # type: ignore[assignment]  # httpx types it wider than what async clients send
             headers = [pair for pair in headers if pair[0].lower() != "transfer-encoding"]  # aiohttp sets its own
@@ -114,6 +115,9 @@ class AiohttpSender:
                 stream = _Stream(response)
         except (aiohttp.ClientError, OSError) as error:
             raise _as_httpx(error, request) from error
+        except ValueError as error:
+            # What no header may hold; aiohttp looks at them before it writes.
+            raise InvalidInputError(f"the request can't be sent: {error}") from error
         answer = httpx.Response(
             response.status,
             headers=response.raw_headers,

@@ -14,6 +14,7 @@ from registry.resolver import Resolver
 from registry.retry import Failure, RetryPolicy, classify
 from registry.sender import AiohttpSender, HttpxSender, Sender
 from registry.upstream import Explanation, Upstream
+from registry.validation import check_service
 
 __all__ = ["DiscoveryTransport"]
 
@@ -75,7 +76,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
             if endpoint is None:
                 return call.give_up()
             await call.discard()
-            attempt = self._hedged if call.hedge else self._attempt
+            # Who tries out an instance that hung must not hang with it.
+            attempt = self._hedged if call.hedge or (call.safe and endpoint.doubtful) else self._attempt
             call.outcome, failure = await attempt(call, endpoint)
             if failure is None and isinstance(call.outcome, httpx.Response):
                 return call.outcome
@@ -176,6 +178,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
     def _upstream(self, service: str, tag: str | None) -> Upstream:
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
+            check_service(service)
             upstream = Upstream(self._resolver, Pool(service, named_pick(self._policy)), tag)
             self._upstreams = {key: known for key, known in self._upstreams.items() if known.pool.knows_any}
             self._upstreams[service, tag] = upstream
