@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# A Docker engine where none answers, on Debian and as root: for CI and for closed networks.
+#   deploy/ci/docker.sh start   installs (Debian's packages) and starts an engine and Compose, unless they are there
+#   deploy/ci/docker.sh stop    ends the engine that `start` started; one that was there before is left alone
+set -euo pipefail
+
+state=${REGISTRY_DOCKER_STATE:-/var/tmp/registry-docker}
+pid_file=$state/dockerd.pid
+log=$state/dockerd.log
+
+answers() { timeout 10 docker version --format '{{.Server.Version}}' 2>/dev/null; }
+
+ours() { # The pid of the engine that we started, if it still runs and still is one.
+    local pid
+    pid=$(cat "$pid_file" 2>/dev/null) && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == dockerd ]] && echo "$pid"
+}
+
+install() { # Debian's packages, only those whose command is missing.
+    local packages=()
+    command -v dockerd >/dev/null || packages+=(docker.io containerd runc iptables)
+    docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null || packages+=(docker-compose)
+    ((${#packages[@]})) || return 0
+    echo "Installing ${packages[*]}." >&2
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >&2
+}
+
+start() {
+    install
+    if version=$(answers); then
+        echo "A Docker engine answers: $version."
+        return
+    fi
+    mkdir -p "$state"
+    # Its own session, no inherited descriptors: it must neither end with us nor keep a pipe of ours open.
+    setsid dockerd --pidfile "$pid_file" >"$log" 2>&1 </dev/null &
+    local engine=$! deadline=$((SECONDS + 60))
+    until version=$(answers); do
+        if ! kill -0 "$engine" 2>/dev/null || ((SECONDS > deadline)); then
+            echo "The Docker engine does not start. The end of its log $log:" >&2
+            tail -n 20 "$log" >&2
+            kill "$engine" 2>/dev/null || true
+            exit 1
+        fi
+        sleep 0.2
+    done
+    echo "Docker engine $version runs, pid $(ours). Its log is $log. To end it: $0 stop"
+}
+
+stop() {
+    local pid deadline=$((SECONDS + 30))
+    if ! pid=$(ours); then
+        echo "No Docker engine of ours runs."
+        return
+    fi
+    kill "$pid" # It stops its containers, and its containerd.
+    while [[ -d /proc/$pid ]] && ((SECONDS < deadline)); do sleep 0.2; done
+    if [[ -d /proc/$pid ]]; then
+        kill -9 "$pid"
+        echo "The Docker engine did not end within 30 s and was killed."
+    fi
+    rm -f "$pid_file"
+    echo "The Docker engine has ended."
+}
+
+case ${1-} in
+start | stop) "$1" ;;
+*) sed -n '2,4s/^# \?//p' "$0" >&2; exit 2 ;;
+esac
