@@ -1,0 +1,174 @@
+"""The system in containers, driven through Docker Compose: which command, which images, where everything answers.
+
+Standard library only, so that `nox -s down` needs no environment of its own. Everything here blocks.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "HERE",
+    "LOCAL_IMAGES",
+    "ROOT",
+    "Container",
+    "Stack",
+    "StackError",
+    "can_have_official_images",
+    "check_engine",
+    "compose_command",
+    "has_images",
+    "image_label",
+    "read_env",
+]
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+LOCAL_IMAGES = HERE / "local-images.env"
+_ANSWER_SECONDS = 20.0
+_NO_ENGINE = """\
+No Docker engine answers: {reason}
+Start Docker; on a Debian machine without one, as root: deploy/ci/docker.sh start"""
+_NO_COMPOSE = """\
+Docker Compose was not found. Install it (the plugin `docker compose`, version 2, is best; `docker-compose` 1.29 works),
+or set DOCKER_COMPOSE to the command that runs it."""
+
+
+class StackError(Exception):
+    """The containers can't do what was asked; the message says why, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """One container of the stack, as the engine sees it now."""
+
+    id: str
+    name: str
+    service: str
+    """The service's name in docker-compose.yml."""
+    state: str
+    """``running``, ``exited``, ``restarting``, ..."""
+    health: str
+    """``starting``, ``healthy``, ``unhealthy``; empty: not checked."""
+    address: str
+    """In the stack's own network; empty while it does not run."""
+
+
+@dataclass
+class Stack:
+    """One Compose project. ``variables`` win over the shell's and over .env; a second project needs its own names."""
+
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._command = compose_command()
+
+    def compose(self, *arguments: str) -> None:
+        """Runs Compose, its output shown as it comes. Raises: StackError."""
+        done = subprocess.run([*self._command, *arguments], cwd=ROOT, env=self._environment(), check=False)
+        if done.returncode != 0:
+            raise StackError(f"`{shlex.join([*self._command, *arguments])}` failed, see above.")
+
+    def ask(self, *arguments: str) -> str:
+        """What Compose answers on standard output. Raises: StackError."""
+        return _ask([*self._command, *arguments], self._environment())
+
+    def address(self, service: str, port: int) -> str:
+        """``host:port`` under which this machine reaches a published port. Raises: StackError."""
+        return self.ask("port", service, str(port)).strip().replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+
+    def containers(self) -> list[Container]:
+        """Every container of this project, by service and name, stopped ones too. Raises: StackError."""
+        ids = self.ask("ps", "-a", "-q").split()
+        # One that went away since is no error.
+        done = subprocess.run(["docker", "inspect", *ids], capture_output=True, text=True, check=False) if ids else None
+        found: list[dict[str, Any]] = json.loads(done.stdout) if done else []
+        return sorted(map(_container, found), key=lambda container: (container.service, container.name))
+
+    def logs(self, container: Container, lines: int = 15) -> str:
+        """The last lines that a container logged."""
+        command = ["docker", "logs", "--tail", str(lines), container.id]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        return done.stdout.strip()
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **self.variables}
+
+
+def _container(found: dict[str, Any]) -> Container:
+    networks = found["NetworkSettings"]["Networks"].values()
+    return Container(
+        id=found["Id"],
+        name=found["Name"].lstrip("/"),
+        service=found["Config"]["Labels"]["com.docker.compose.service"],
+        state=found["State"]["Status"],
+        health=found["State"].get("Health", {}).get("Status", ""),
+        address=next((network["IPAddress"] for network in networks if network["IPAddress"]), ""),
+    )
+
+
+def compose_command() -> list[str]:
+    """How Compose is run here: $DOCKER_COMPOSE, else the plugin, else docker-compose. Raises: StackError."""
+    if wanted := os.environ.get("DOCKER_COMPOSE"):
+        return shlex.split(wanted)
+    plugin = ["docker", "compose"]
+    if shutil.which("docker") and subprocess.run([*plugin, "version"], capture_output=True, check=False).returncode == 0:
+        return plugin
+    if alone := shutil.which("docker-compose"):
+        return [alone]
+    raise StackError(_NO_COMPOSE)
+
+
+def check_engine() -> None:
+    """Raises: StackError, when no Docker engine answers."""
+    try:
+        _ask(["docker", "version", "--format", "{{.Server.Version}}"])
+    except FileNotFoundError:
+        raise StackError(_NO_ENGINE.format(reason="there is no command `docker`.")) from None
+    except StackError as error:
+        raise StackError(_NO_ENGINE.format(reason=str(error))) from None
+
+
+def read_env(path: Path) -> dict[str, str]:
+    """The variables of an env file: NAME=value lines, comments and blank lines."""
+    lines = (line.strip() for line in path.read_text().splitlines())
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def image_label(image: str, label: str) -> str | None:
+    """A label of an image that this engine has; None when it has neither."""
+    form = f'{{{{index .Config.Labels "{label}"}}}}'
+    command = ["docker", "image", "inspect", "--format", form, image]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout.strip() or None) if done.returncode == 0 else None
+
+
+def has_images(images: Mapping[str, str]) -> bool:
+    """Whether this engine has them all."""
+    return subprocess.run(["docker", "image", "inspect", *images.values()], capture_output=True, check=False).returncode == 0
+
+
+def can_have_official_images(images: Mapping[str, str]) -> bool:
+    """Whether they can be pulled: asks their registry for each, fetches nothing, waits 20 s at most for an answer."""
+    for image in images.values():
+        command = ["docker", "manifest", "inspect", image]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_ANSWER_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return False
+        if done.returncode != 0 and not has_images({"": image}):
+            return False
+    return True
+
+
+def _ask(command: list[str], environment: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise StackError(f"`{shlex.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
