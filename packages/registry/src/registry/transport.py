@@ -166,6 +166,9 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
             if returned is not attempts[0]:
                 # Were only the others counted, what is slow would be ever less, and every call be hedged in the end.
                 call.upstream.latencies.append(time.monotonic() - started)
+                if endpoint.doubtful and not attempts[0].done():
+                    # Silent again where another answered: a failure, or it would be tried out at every turn.
+                    call.upstream.pool.failed(endpoint, Failure.SENT, time.monotonic() - started)
             return returned.result()
         finally:
             losers = [task for task in attempts if task is not returned]
