@@ -144,7 +144,8 @@ async def kill_one_of_three(agent: ConsulAgent, method: Method = "GET", connect:
 async def stop_one_of_two(agent: ConsulAgent, connect: Connect = connect_ours, seconds: float = 4.5) -> Scene:
     """SIGSTOP, unknown to Consul, seen for so many ``seconds``; one attempt may take 2 s.
 
-    Figures: slow: calls that took longer than 1 s; slow_later: those that began 0.5 s after the stop or later.
+    Figures: slow: calls that took longer than 1 s; slow_later: those that began 0.5 s after the stop or later;
+    tried_again: how many of the latter had been sent to the stopped one too.
     """
     with running_instances(_name(), 2, consul=agent, check_interval=None) as instances:
         async with calling(connect, agent, instances, timeout=2.0) as (_, load):
@@ -153,11 +154,17 @@ async def stop_one_of_two(agent: ConsulAgent, connect: Connect = connect_ours, s
             at = load.now
             await load.until(lambda: load.now > at + seconds)
             await load.reached(CALLS)
+        later = load.report.between(at + 0.5)
+        instances[1].resume()
+        async with httpx.AsyncClient(trust_env=False) as direct:
+            await direct.get(f"{instances[1].url}/health")  # what it found in its queues comes before this
+        found = instances[1].stats().ids
         return scene(
             load,
             instances,
             slow=load.report.slower_than(1.0),
-            slow_later=load.report.between(at + 0.5).slower_than(1.0),
+            slow_later=later.slower_than(1.0),
+            tried_again=sum(outcome.id in found for outcome in later.outcomes),
         )
 
 
@@ -196,7 +203,8 @@ async def lose_all_then_one_back(
     """All killed, and taken out of Consul or not; then one starts again.
 
     Figures: of the calls that began meanwhile: gone_calls, gone_ok, gone_p99, and gone_slow: how many took longer than
-    50 ms; blocked_p99: how late a timer fired; back: from when one answers until a call succeeded.
+    50 ms; blocked_p99: how late a timer fired. back: from when one answers until a call succeeded; failed_later: of the
+    calls that began after that.
     """
     with running_instances(_name(), 3, consul=agent, check_interval=None) as instances:
         async with calling(connect, agent, instances) as (_, load):
@@ -215,8 +223,8 @@ async def lose_all_then_one_back(
             if absence == "deregistered":
                 await asyncio.to_thread(instances[0].register, check_interval=None)
             back = await load.until(lambda: load.last(1).errors == {}, what="a success")
-            calls = load.calls
-            await load.reached(calls + CALLS // 2)
+            back_at = load.now
+            await load.reached(load.calls + CALLS // 2)
         gone = load.report.between(gone_at, until)
         return scene(
             load,
@@ -227,7 +235,7 @@ async def lose_all_then_one_back(
             gone_slow=gone.slower_than(0.05),
             blocked_p99=sorted(late)[int(len(late) * 0.99)],
             back=back,
-            failed_later=sum(outcome.error is not None for outcome in load.report.outcomes[calls:]),
+            failed_later=len(load.report.between(back_at).failures),
         )
 
 
@@ -288,17 +296,17 @@ async def scale_to_and_back(agent: ConsulAgent, count: int = 20, connect: Connec
             await load.reached(WARM)
             answers: dict[str, float] = {}
 
-            async def start(each: RunningInstance) -> None:
-                await asyncio.to_thread(each.start)
+            def start(each: RunningInstance) -> None:
+                each.start()
                 answers[each.instance.id] = load.now
-                await asyncio.to_thread(each.register)
+                each.register()
 
             async def stop(each: RunningInstance) -> None:
                 await asyncio.to_thread(each.deregister)
                 await asyncio.sleep(0.5)
                 await asyncio.to_thread(each.terminate)
 
-            await asyncio.gather(*map(start, more))
+            await asyncio.gather(*(asyncio.to_thread(start, each) for each in more))
             await load.until(lambda: load.last(CALLS).shares.keys() >= answers.keys(), what=f"all {count} called")
             since, calls = load.now, load.calls
             await load.reached(calls + CALLS)
