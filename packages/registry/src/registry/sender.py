@@ -5,6 +5,7 @@ never made, and a POST would be sent twice.
 """
 
 import asyncio
+import math
 import select
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
@@ -15,14 +16,15 @@ import httpx
 from aiohttp.connector import Connection
 from yarl import URL
 
-from registry.errors import InvalidInputError
 from registry.model import Instance
-from registry.retry import IDEMPOTENT_METHODS
 
 __all__ = ["AiohttpSender", "HttpxSender", "Sender"]
 
 KEEPALIVE = 4.0
 """Seconds that an idle connection is kept: less than uvicorn's 5, or a request would meet a connection just closed."""
+
+
+_UNTYPED = frozenset({"Content-Type"})
 
 
 class Sender(Protocol):
@@ -87,22 +89,29 @@ class AiohttpSender:
     ) -> httpx.Response:
         url = request.url
         target = URL(f"{url.scheme}://{instance.netloc}{url.raw_path.decode('ascii')}", encoded=True)
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw]
+        headers = _headers(request)
         headers += extra.items()
         body: bytes | httpx.AsyncByteStream | None
         if isinstance(request.stream, httpx.ByteStream):
-            body = b"".join(request.stream) or None  # not .content, which a redirected request lacks
+            body = request.content or None
         else:
             body = request.stream  # type: ignore[assignment]  # httpx types it wider than what async clients send
             headers = [pair for pair in headers if pair[0].lower() != "transfer-encoding"]  # aiohttp sets its own
         timeouts = request.extensions.get("timeout", {})
         timeout = _client_timeout(
             limit if read else None,
-            timeouts.get("connect"),
+            _less(timeouts.get("connect"), limit),
             timeouts.get("read") if limit is None or not read else None,
         )
         sent = self._open().request(
-            request.method, target, headers=headers, data=body, allow_redirects=False, timeout=timeout
+            request.method,
+            target,
+            headers=headers,
+            data=body,
+            allow_redirects=False,
+            timeout=timeout,
+            # aiohttp would name a body's type where the caller did not.
+            skip_auto_headers=None if body is None or "Content-Type" in request.headers else _UNTYPED,
         )
         content = stream = None
         try:
@@ -116,18 +125,18 @@ class AiohttpSender:
         except (aiohttp.ClientError, OSError) as error:
             raise _as_httpx(error, request) from error
         except ValueError as error:
-            # What no header may hold; aiohttp looks at them before it writes.
-            raise InvalidInputError(f"the request can't be sent: {error}") from error
+            raise httpx.LocalProtocolError(str(error), request=request) from error
         answer = httpx.Response(
             response.status,
             headers=response.raw_headers,
             stream=stream or httpx.ByteStream(content or b""),
             request=request,
-            extensions={"http_version": b"HTTP/1.1", "reason_phrase": (response.reason or "").encode("latin-1")},
+            extensions={
+                "http_version": b"HTTP/1.1",
+                "reason_phrase": (response.reason or "").encode(errors="surrogateescape"),
+            },
         )
-        if read and "Content-Encoding" in response.headers:
-            answer.read()
-        elif read:
+        if read:
             _mark_read(answer, content or b"")
         return answer
 
@@ -140,6 +149,9 @@ class AiohttpSender:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )
+            # By itself it would send an idempotent request again to the instance that broke it off: beside the budget,
+            # and where it failed just now. There is no public switch; test_sender counts requests at the server.
+            self._session._retry_connection = False  # noqa: SLF001
         return self._session
 
     async def aclose(self) -> None:
@@ -149,7 +161,7 @@ class AiohttpSender:
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Gives no request that can't be repeated a kept-alive connection which the instance has closed meanwhile.
+    """Gives no request a kept-alive connection which the instance has closed meanwhile.
 
     The event loop learns of that only with its next turn: a POST written before then would be lost.
     """
@@ -159,7 +171,7 @@ class _Connector(aiohttp.TCPConnector):
     ) -> Connection:
         while True:
             connection = await super().connect(req, traces, timeout)
-            if req.method in IDEMPOTENT_METHODS or not _is_closed(connection.transport):
+            if not _is_closed(connection.transport):
                 return connection
             connection.close()
 
@@ -181,6 +193,19 @@ def _client_timeout(total: float | None, connect: float | None, read: float | No
     return aiohttp.ClientTimeout(total=total, sock_connect=connect, sock_read=read)
 
 
+def _headers(request: httpx.Request) -> list[tuple[str, str]]:
+    try:
+        return [(name.decode("ascii"), value.decode()) for name, value in request.headers.raw]
+    except UnicodeDecodeError as error:
+        # aiohttp can send nothing else: better an error than another value.
+        raise httpx.LocalProtocolError(f"a header is no UTF-8: {error}", request=request) from error
+
+
+def _less(connect: float | None, limit: float | None) -> float | None:
+    """A little less than the limit for connecting, so that a time-out there is told from one after sending."""
+    return connect if limit is None else min(math.inf if connect is None else connect, 0.9 * limit)
+
+
 class _Stream(httpx.AsyncByteStream):
     """A body that is read piece by piece; closing it early closes its connection."""
 
@@ -195,14 +220,14 @@ class _Stream(httpx.AsyncByteStream):
             raise _as_httpx(error, None) from error
 
     async def aclose(self) -> None:
-        if self._response.content.at_eof():
-            self._response.release()
-        else:
-            self._response.close()
+        self._response.release()
 
 
 def _mark_read(response: httpx.Response, content: bytes) -> None:
-    """What ``response.read()`` does, without the decoders, where there is nothing to decode: 8 µs less."""
+    """What ``response.read()`` does, without decoders where there is nothing to decode: a fifth of a call's cost."""
+    if "Content-Encoding" in response.headers:
+        response.read()
+        return
     response._content = content  # noqa: SLF001  # there is no public way; test_sender holds that all is as if read
     response._num_bytes_downloaded = len(content)  # noqa: SLF001
     response.is_closed = response.is_stream_consumed = True
@@ -219,6 +244,6 @@ def _as_httpx(error: Exception, request: httpx.Request | None) -> httpx.Transpor
         kind = httpx.ReadTimeout
     elif isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientResponseError, aiohttp.ClientPayloadError)):
         kind = httpx.RemoteProtocolError
-    elif isinstance(error, aiohttp.InvalidURL):
+    elif isinstance(error, (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
         kind = httpx.UnsupportedProtocol
     return kind(str(error) or type(error).__name__, request=request)

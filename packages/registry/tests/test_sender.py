@@ -1,0 +1,579 @@
+"""One attempt on raw sockets: every error in httpx's words, answers as if httpx had read them, no connection lost."""
+
+import asyncio
+import gzip
+import json
+import pickle
+import socket
+import struct
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import httpx
+import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from registry import Instance
+from registry.sender import AiohttpSender, HttpxSender, Sender
+from registry.testing.ports import free_ports
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+Handler = Callable[["RawServer", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class RawServer:
+    """What a socket saw: every request's bytes, and how many connections came and stand."""
+
+    def __init__(self) -> None:
+        self.requests: list[bytes] = []
+        self.accepted = 0
+        self.open = 0
+        self.instance: Instance
+
+    async def read(self, reader: asyncio.StreamReader) -> bytes:
+        """One request without a body; raises IncompleteReadError when the client has left."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.requests.append(head)
+        return head
+
+    async def has_open(self, connections: int) -> None:
+        """Returns when so many connections stand."""
+        await until(lambda: self.open == connections)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1_000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise TimeoutError
+
+
+@asynccontextmanager
+async def raw_server(handler: Handler, host: str = "127.0.0.1") -> AsyncIterator[RawServer]:
+    """A server that does with each connection what ``handler`` says, and closes it at its end."""
+    seen = RawServer()
+    tasks = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        tasks.add(task)
+        seen.accepted += 1
+        seen.open += 1
+        try:
+            await handler(seen, reader, writer)
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            seen.open -= 1
+            tasks.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(serve, host, 0)
+    seen.instance = Instance("cards-1", "cards", host, server.sockets[0].getsockname()[1])
+    try:
+        yield seen
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def answering(answer: bytes) -> Handler:
+    """Gives this answer to every request, over connections that it keeps."""
+
+    async def handler(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await seen.read(reader)
+            writer.write(answer)
+
+    return handler
+
+
+def breaking_off(answer: bytes) -> Handler:
+    """Sends this much and closes the connection."""
+
+    async def handler(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await seen.read(reader)
+        writer.write(answer)
+
+    return handler
+
+
+def stalling(answer: bytes) -> Handler:
+    """Sends this much and then nothing, until the client leaves."""
+
+    async def handler(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await seen.read(reader)
+        writer.write(answer)
+        await reader.read()
+
+    return handler
+
+
+@asynccontextmanager
+async def open_sender() -> AsyncIterator[AiohttpSender]:
+    sender = AiohttpSender()
+    try:
+        yield sender
+    finally:
+        await sender.aclose()
+
+
+def request(
+    method: str = "GET", path: str = "/x", *, connect: float = 2.0, read: float = 5.0, **kw: Any
+) -> httpx.Request:
+    return httpx.Request(
+        method, f"http://cards{path}", extensions={"timeout": {"connect": connect, "read": read}}, **kw
+    )
+
+
+async def attempt(
+    sender: Sender,
+    server: RawServer | Instance,
+    sent: httpx.Request | None = None,
+    limit: float | None = 5.0,
+    *,
+    read: bool,
+) -> httpx.Response:
+    """One attempt, its body read one way or the other."""
+    instance = server if isinstance(server, Instance) else server.instance
+    response = await sender.send(sent or request(), instance, {}, limit, read=read)
+    if not read:
+        try:
+            await response.aread()
+        except BaseException:
+            await response.aclose()  # as httpx's client does
+            raise
+    return response
+
+
+both_ways = pytest.mark.parametrize("read", [True, False], ids=["read", "stream"])
+
+
+@both_ways
+async def test_refused_connection_is_a_connect_error(read: bool) -> None:
+    """Nobody listens: a ConnectError, which may be sent elsewhere whatever the method."""
+    instance = Instance("cards-1", "cards", "127.0.0.1", free_ports(1)[0])
+    async with open_sender() as sender:
+        with pytest.raises(httpx.ConnectError) as raised:
+            await attempt(sender, instance, read=read)
+    assert raised.value.request.url.host == "cards"
+
+
+@pytest.mark.parametrize(("connect", "limit"), [(0.2, 5.0), (2.0, 0.2), (0.2, 0.2)])
+@both_ways
+async def test_full_backlog_is_a_connect_time_out(connect: float, limit: float, read: bool) -> None:
+    """A connection that never stands is told from one that does, also when the whole attempt's limit comes first."""
+    if not read and limit < connect:
+        connect = limit
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(listener.getsockname())
+        try:
+            async with open_sender() as sender:
+                instance = Instance("cards-1", "cards", *listener.getsockname())
+                with pytest.raises(httpx.ConnectTimeout):
+                    await attempt(sender, instance, request("POST", connect=connect), limit, read=read)
+        finally:
+            for each in waiting:
+                each.close()
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST"])
+@both_ways
+async def test_closed_after_the_request_is_no_connect_error(method: str, read: bool) -> None:
+    """The instance has read the request and hangs up: it may have acted; and nothing sends it again unasked."""
+    async with raw_server(breaking_off(b"")) as server, open_sender() as sender:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await attempt(sender, server, request(method), read=read)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_reset_after_the_request_is_no_connect_error(method: str) -> None:
+    """The same with a reset, as when a process is killed with data unread."""
+
+    async def reset(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await seen.read(reader)
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    async with raw_server(reset) as server, open_sender() as sender:
+        with pytest.raises(httpx.ReadError):
+            await attempt(sender, server, request(method), read=True)
+        assert len(server.requests) == 1
+
+
+BROKEN = {
+    "half a status line": b"HTTP/1.1 20",
+    "half the headers": b"HTTP/1.1 200 OK\r\nContent-Ty",
+    "half a body": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf",
+    "half a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\nhalf",
+    "no last chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+    "a chunk of no size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nhalf\r\n0\r\n\r\n",
+    "no HTTP": b"\x16\x03\x01\x00\xa5\x01\x00\x00 what is this?\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok!",
+    "an endless header": b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
+@both_ways
+async def test_broken_answer_is_a_transport_error(answer: bytes, read: bool) -> None:
+    """Whatever is wrong with an answer, it is an error that httpx knows, and none that claims nothing was sent."""
+    async with raw_server(breaking_off(answer)) as server, open_sender() as sender:
+        with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+            await attempt(sender, server, read=read)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "begun", [b"", b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"]
+)
+@pytest.mark.parametrize(("read", "limit", "silence"), [(True, 0.2, 5.0), (False, None, 0.2), (True, None, 0.2)])
+async def test_silence_is_a_read_time_out(begun: bytes, read: bool, limit: float | None, silence: float) -> None:
+    """Whether the attempt's limit or the longest silence ends it, and wherever the answer got stuck."""
+    async with raw_server(stalling(begun)) as server, open_sender() as sender:
+        with pytest.raises(httpx.ReadTimeout):
+            await attempt(sender, server, request(read=silence), limit, read=read)
+        await server.has_open(0)
+
+
+async def test_limit_holds_until_the_headers_of_a_stream() -> None:
+    """A stream's headers must come within the limit; its body may take as long as it likes."""
+
+    async def late_body(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await seen.read(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+        await asyncio.sleep(0.4)
+        writer.write(b"ok")
+        await reader.read()
+
+    async with raw_server(late_body) as server, open_sender() as sender:
+        assert (await attempt(sender, server, limit=0.2, read=False)).content == b"ok"
+    async with raw_server(stalling(b"")) as server, open_sender() as sender:
+        with pytest.raises(httpx.ReadTimeout):
+            await attempt(sender, server, request(read=60.0), limit=0.2, read=False)
+        await server.has_open(0)
+
+
+@pytest.mark.parametrize("value", [b"one\r\nX-Two: two", b"one\ntwo", b"one\0two", b"\xe4"])
+async def test_header_that_would_be_another_is_not_sent(value: bytes) -> None:
+    """A line break, a NUL or no UTF-8 in a header is the caller's fault, in httpx's words."""
+    async with raw_server(answering(OK)) as server, open_sender() as sender:
+        with pytest.raises(httpx.LocalProtocolError):
+            await attempt(sender, server, request(headers=[(b"X-Note", value)]), read=True)
+    assert server.requests == []
+
+
+async def test_other_schemes_are_not_sent() -> None:
+    """Nothing but http and https, and no second try."""
+    async with raw_server(answering(OK)) as server, open_sender() as sender:
+        with pytest.raises(httpx.UnsupportedProtocol):
+            await attempt(sender, server, httpx.Request("GET", "ftp://cards/x"), read=True)
+    assert server.requests == []
+
+
+def answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    lines = [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+ANSWERS = {
+    "json": answer(json.dumps({"a": "ä"}).encode(), "Content-Type: application/json"),
+    "latin-1": answer("Käse".encode("latin-1"), "Content-Type: text/plain; charset=iso-8859-1"),
+    "an unknown charset": answer("Käse".encode(), "Content-Type: text/plain; charset=no-such"),
+    "gzip": answer(gzip.compress(b"cards " * 99), "Content-Encoding: gzip", "Content-Type: text/plain"),
+    "deflate": answer(zlib.compress(b"cards " * 99), "Content-Encoding: deflate"),
+    "an unknown encoding": answer(b"cards", "Content-Encoding: no-such"),
+    "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
+    "empty": answer(b""),
+    "no content": b"HTTP/1.1 204 No Content\r\nX-A: 1\r\nX-A: 2\r\n\r\n",
+    "teapot": answer(b"no", "Set-Cookie: a=1; Path=/", "Set-Cookie: b=2; Path=/", status="418 I'm a Teapot"),
+    "no reason": answer(b"ok", status="200 "),
+    "an odd reason": answer(b"ok", status="200 \xfcber \u20ac".encode().decode("latin-1")),
+    "server error": answer(b"{}", "Retry-After: 1", status="503 Service Unavailable"),
+    "redirect": answer(b"", "Location: http://cards/y", status="307 Temporary Redirect"),
+}
+
+
+async def observed(response: httpx.Response) -> dict[str, object]:
+    """Everything that a caller can see of an answer that has been read."""
+    copy = pickle.loads(pickle.dumps(response))
+    with pytest.raises(httpx.StreamConsumed):
+        list(response.iter_raw())
+    with pytest.raises(httpx.StreamConsumed):
+        [piece async for piece in response.aiter_raw()]
+    return {
+        "status": response.status_code,
+        "headers": response.headers.multi_items(),
+        "read": response.read(),
+        "aread": await response.aread(),
+        "content": response.content,
+        "text": response.text,
+        "encoding": response.encoding,
+        "charset": response.charset_encoding,
+        "downloaded": response.num_bytes_downloaded,
+        "is_closed": response.is_closed,
+        "is_stream_consumed": response.is_stream_consumed,
+        "iter_bytes": list(response.iter_bytes(3)),
+        "aiter_bytes": [piece async for piece in response.aiter_bytes(3)],
+        "iter_text": list(response.iter_text()),
+        "aiter_lines": [line async for line in response.aiter_lines()],
+        "reason": response.reason_phrase,
+        "http_version": response.http_version,
+        "cookies": dict(response.cookies),
+        "redirect": response.has_redirect_location,
+        "url": response.url,
+        "copy": (copy.status_code, copy.content, copy.text, copy.headers.multi_items(), copy.is_closed),
+    }
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("body", ANSWERS.values(), ids=ANSWERS)
+async def test_answer_is_as_if_httpx_had_read_it(body: bytes, method: str) -> None:
+    """Content, text, encodings, counters, iterators, state and pickling are those of an answer from httpx itself."""
+    head, _, content = body.partition(b"\r\n\r\n")
+    sent = head + b"\r\n\r\n" + (content if method == "GET" else b"")
+    async with raw_server(breaking_off(sent)) as server, open_sender() as sender, httpx.AsyncHTTPTransport() as plain:
+        ours = await attempt(sender, server, request(method), read=True)
+        streamed = await attempt(sender, server, request(method), read=False)
+        theirs = await attempt(HttpxSender(plain), server, request(method), read=True)
+        expected = await observed(theirs)
+        assert await observed(ours) == expected
+        assert await observed(streamed) == expected
+        await ours.aclose()
+
+
+async def test_answer_that_is_not_what_it_says_is_a_decoding_error() -> None:
+    """A body that is no gzip is told as httpx tells it."""
+    lie = answer(b"no gzip", "Content-Encoding: gzip")
+    async with raw_server(answering(lie)) as server, open_sender() as sender:
+        with pytest.raises(httpx.DecodingError):
+            await attempt(sender, server, read=True)
+
+
+async def test_request_is_sent_as_it_is() -> None:
+    """No header is added, renamed or lost, the Host stays the service's name, the path stays encoded."""
+    headers = [("Host", "cards"), ("X-Id", "1"), ("X-Id", "2"), ("x-UTF-8", "ä".encode())]
+    sent = request("POST", "/a%2Fb?q=%20x&q=y", headers=headers, content=b"{}")
+    async with raw_server(answering(OK)) as server, open_sender() as sender:
+        await sender.send(sent, server.instance, {"X-Extra": "3"}, None, read=True)
+    line, *lines = server.requests[0].decode().strip().split("\r\n")
+    assert line == "POST /a%2Fb?q=%20x&q=y HTTP/1.1"
+    names = [each for each in lines if not each.startswith(("Accept", "User-Agent"))]
+    assert names == ["Host: cards", "X-Id: 1", "X-Id: 2", "x-UTF-8: ä", "Content-Length: 2", "X-Extra: 3"]
+
+
+async def read_chunks(reader: asyncio.StreamReader) -> list[bytes]:
+    chunks = []
+    while size := int(await reader.readline(), 16):
+        chunks.append((await reader.readexactly(size + 2))[:-2])
+    await reader.readline()
+    return chunks
+
+
+async def test_bodies_stream_both_ways() -> None:
+    """A body goes out piece by piece and comes in piece by piece: neither waits for its end."""
+    arrived: list[list[bytes]] = []
+
+    async def echo(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await seen.read(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while size := int(await reader.readline(), 16):
+            chunk = (await reader.readexactly(size + 2))[:-2]
+            arrived.append([chunk])
+            writer.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+            await writer.drain()
+        await reader.readline()
+        writer.write(b"0\r\n\r\n")
+        await reader.read()
+
+    returned: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"one"
+        # Sent only when the first has come back: neither way is held up until the end of a body.
+        yield await returned.get() + b" and two"
+
+    async with raw_server(echo) as server, open_sender() as sender, asyncio.timeout(5):
+        response = await sender.send(request("POST", content=body()), server.instance, {}, 5.0, read=False)
+        got = []
+        async for piece in response.aiter_bytes():
+            got.append(piece)
+            returned.put_nowait(piece)
+        assert b"".join(got) == b"oneone and two"
+        assert response.is_closed
+        assert server.accepted == 1
+
+
+async def test_forms_with_files_are_sent() -> None:
+    """A multipart body, which httpx streams, arrives whole."""
+
+    async def count(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await seen.read(reader)).lower()
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        seen.requests.append(await reader.readexactly(length))
+        writer.write(OK)
+        await reader.read()
+
+    async with raw_server(count) as server, open_sender() as sender:
+        sent = request("POST", files={"card": ("card.txt", b"x" * 100_000)})
+        assert (await attempt(sender, server, sent, read=True)).content == b"ok"
+    assert b"x" * 100_000 in server.requests[1]
+
+
+async def test_body_that_breaks_off_is_no_connect_error() -> None:
+    """An upload whose source fails is an error with that failure as its cause, and the connection is gone."""
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"one"
+        raise RuntimeError("source failed")
+
+    async def swallow(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with raw_server(swallow) as server, open_sender() as sender:
+        with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError, RuntimeError)) as raised:
+            await attempt(sender, server, request("POST", content=body()), read=True)
+        causes = [raised.value, raised.value.__cause__, raised.value.__cause__ and raised.value.__cause__.__cause__]
+        assert "source failed" in repr(causes)
+        await server.has_open(0)
+
+
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"], ids=["headers", "body"])
+@both_ways
+async def test_cancelling_closes_the_connection(begun: bytes, read: bool) -> None:
+    """Nobody works on for a caller that has gone: wherever the attempt is, its connection is closed."""
+    async with raw_server(stalling(begun)) as server, open_sender() as sender:
+        tasks = [asyncio.create_task(attempt(sender, server, read=read)) for _ in range(5)]
+        await server.has_open(5)
+        await until(lambda: len(server.requests) == 5)
+        for task in tasks:
+            task.cancel()
+        assert all(
+            isinstance(each, asyncio.CancelledError) for each in await asyncio.gather(*tasks, return_exceptions=True)
+        )
+        await server.has_open(0)
+
+
+async def test_stream_closed_early_closes_its_connection() -> None:
+    """The rest of a body that nobody wants is not read; one that was read to its end leaves the connection for others."""
+    long = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000
+    async with raw_server(stalling(long)) as server, open_sender() as sender:
+        response = await sender.send(request(), server.instance, {}, 5.0, read=False)
+        await response.aclose()
+        await server.has_open(0)
+
+
+@both_ways
+async def test_one_connection_serves_all_sequential_calls(read: bool) -> None:
+    """A hundred calls, one after the other, one connection."""
+    async with raw_server(answering(OK)) as server, open_sender() as sender:
+        for _ in range(100):
+            await attempt(sender, server, read=read)
+        assert (len(server.requests), server.accepted) == (100, 1)
+
+
+async def test_fifty_at_once_are_fifty_connections_and_no_more() -> None:
+    """No limit holds callers up, and what they opened is used again."""
+
+    async def slowly(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await seen.read(reader)
+            await asyncio.sleep(0.05)
+            writer.write(OK)
+
+    async with raw_server(slowly) as server, open_sender() as sender:
+        for _ in range(2):
+            await asyncio.gather(*(attempt(sender, server, read=True) for _ in range(50)))
+        assert server.accepted == 50
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_connection_closed_while_idle_is_not_used(method: str) -> None:
+    """The instance hangs up between two calls: the next one takes a new connection, and arrives once."""
+
+    async def once(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await seen.read(reader)
+        writer.write(OK)
+        await writer.drain()
+
+    async with raw_server(once) as server, open_sender() as sender:
+        for count in range(1, 20):
+            await attempt(sender, server, request(method), read=True)
+            assert len(server.requests) == server.accepted == count
+
+
+async def test_closing_the_sender_closes_its_connections() -> None:
+    """Nothing is left open, and closing what was never used is fine."""
+    async with raw_server(answering(OK)) as server:
+        async with open_sender() as sender:
+            await attempt(sender, server, read=True)
+            await server.has_open(1)
+        await server.has_open(0)
+    await AiohttpSender().aclose()
+
+
+def _has_ipv6() -> bool:
+    with suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this host has no ::1")
+async def test_instance_with_an_ipv6_address_is_reached() -> None:
+    """The address goes into the URL in brackets."""
+    async with raw_server(answering(OK), "::1") as server, open_sender() as sender:
+        assert (await attempt(sender, server, read=True)).content == b"ok"
+        async with httpx.AsyncHTTPTransport() as plain:
+            assert (await attempt(HttpxSender(plain), server, read=True)).content == b"ok"
+
+
+async def _app(scope: Any, receive: Any, send: Any) -> None:
+    asked = Request(scope, receive)
+    if asked.url.path == "/slow":
+        await asyncio.sleep(5)
+    body = {"host": asked.headers["host"], "body": (await asked.body()).decode(), "extra": asked.headers.get("x-extra")}
+    response: Response = JSONResponse(body)
+    await response(scope, receive, send)
+
+
+async def test_httpx_sender_sends_to_an_app() -> None:
+    """Through httpx.ASGITransport: Host is the service, the extra headers are there, the answer names our request."""
+    sender, instance = HttpxSender(httpx.ASGITransport(_app)), Instance("cards-1", "cards", "10.0.0.1", 8000)
+    for read in (True, False):
+        sent = request("POST", content=b"one")
+        response = await sender.send(sent, instance, {"X-Extra": "3"}, 5.0, read=read)
+        assert response.is_closed is read
+        await response.aread()
+        assert response.json() == {"host": "cards", "body": "one", "extra": "3"}
+        assert response.request is sent
+    with pytest.raises(httpx.ReadTimeout):
+        await sender.send(request(path="/slow"), instance, {}, 0.1, read=True)
+    await sender.aclose()
+
+
+@both_ways
+async def test_httpx_sender_passes_errors_on(read: bool) -> None:
+    """What the transport raises is what the attempt raises; and it never reads ahead of a stream."""
+    instance = Instance("cards-1", "cards", "127.0.0.1", free_ports(1)[0])
+    async with httpx.AsyncHTTPTransport() as plain:
+        with pytest.raises(httpx.ConnectError):
+            await attempt(HttpxSender(plain), instance, read=read)
+        async with raw_server(breaking_off(BROKEN["half a body"])) as server:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await attempt(HttpxSender(plain), server, read=read)
