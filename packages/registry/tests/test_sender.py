@@ -470,7 +470,7 @@ async def test_cancelling_closes_the_connection(begun: bytes, read: bool) -> Non
 
 
 async def test_stream_closed_early_closes_its_connection() -> None:
-    """The rest of a body that nobody wants is not read; one that was read to its end leaves the connection for others."""
+    """The rest of a body that nobody wants is not read."""
     long = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000
     async with raw_server(stalling(long)) as server, open_sender() as sender:
         response = await sender.send(request(), server.instance, {}, 5.0, read=False)
