@@ -1,6 +1,7 @@
 """The front door: `nox` checks everything that needs no Docker, `nox -s demo` shows the system at work."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import nox
@@ -18,7 +19,7 @@ MEMBERS = sorted(
     for folder in ("packages", "services")
     for path in ROOT.glob(f"{folder}/*/pyproject.toml")
 )
-TYPED = ["packages", "services", "deploy/local", "benchmarks", "tests", "conftest.py", "noxfile.py"]
+TYPED = ["packages", "services", "deploy/compose", "deploy/local", "benchmarks", "tests", "conftest.py", "noxfile.py"]
 
 
 @nox.session
@@ -58,6 +59,26 @@ def bench(session: nox.Session) -> None:
     """Measure clients and failover anew, into docs/benchmarks, in about twenty minutes; `-- --quick` tries it out."""
     install(session)
     session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session
+def up(session: nox.Session) -> None:
+    """Start the system in containers; `-- --backends 5` scales it further."""
+    install(session)
+    session.run("python", "deploy/compose/up.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def down(session: nox.Session) -> None:
+    """Remove what `up` made; `-- --volumes` removes the stored cards and Consul's data, too."""
+    session.run(sys.executable, "deploy/compose/down.py", *session.posargs, external=True)
+
+
+@nox.session
+def images(session: nox.Session) -> None:
+    """Make the base images from Debian's packages, where no official ones can be pulled; only what is missing."""
+    install(session)
+    session.run("python", "deploy/compose/images.py")
 
 
 @nox.session(venv_backend="none")

@@ -1,4 +1,4 @@
-"""Ends with 0 when this container's service says it is healthy. A bare socket: half the work of starting Python twice."""
+"""Ends with 0 when this container's service says that it is healthy. A bare socket, for it starts every few seconds."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""`nox -s images`: the four base images from Debian's packages, for machines that can pull none. Only what is missing."""
+"""`nox -s images`: the four base images from Debian's packages, where none can be pulled; only what is missing."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from registry.testing.agent import ConsulNotFoundError, find_consul
-from stack import HERE, LOCAL_IMAGES, StackError, check_engine, image_label, read_env
+from stack import HERE, LOCAL_IMAGES, ROOT, StackError, check_engine, image_label, read_env
 
 __all__ = ["make_missing_images"]
 
@@ -35,8 +35,7 @@ def main() -> int:
         return 1
     _say(
         "`nox -s up` takes these images where no others can be had. For docker-compose at the root:\n"
-        f"  set -a; . {LOCAL_IMAGES.relative_to(Path.cwd()) if LOCAL_IMAGES.is_relative_to(Path.cwd()) else LOCAL_IMAGES}"
-        "; set +a"
+        f"  set -a; . {LOCAL_IMAGES.relative_to(ROOT)}; set +a"
     )
     return 0
 

@@ -52,12 +52,19 @@ class Container:
     name: str
     service: str
     """The service's name in docker-compose.yml."""
+    number: str
+    """Which of its replicas, from 1."""
     state: str
     """``running``, ``exited``, ``restarting``, ..."""
     health: str
     """``starting``, ``healthy``, ``unhealthy``; empty: not checked."""
     address: str
     """In the stack's own network; empty while it does not run."""
+
+    @property
+    def short_name(self) -> str:
+        """``backend-2``: the same under every Compose version, and without the project's name."""
+        return f"{self.service}-{self.number}"
 
 
 @dataclass
@@ -102,11 +109,13 @@ class Stack:
 
 
 def _container(found: dict[str, Any]) -> Container:
+    labels = found["Config"]["Labels"]
     networks = found["NetworkSettings"]["Networks"].values()
     return Container(
         id=found["Id"],
         name=found["Name"].lstrip("/"),
-        service=found["Config"]["Labels"]["com.docker.compose.service"],
+        service=labels["com.docker.compose.service"],
+        number=labels["com.docker.compose.container-number"],
         state=found["State"]["Status"],
         health=found["State"].get("Health", {}).get("Status", ""),
         address=next((network["IPAddress"] for network in networks if network["IPAddress"]), ""),
@@ -118,7 +127,10 @@ def compose_command() -> list[str]:
     if wanted := os.environ.get("DOCKER_COMPOSE"):
         return shlex.split(wanted)
     plugin = ["docker", "compose"]
-    if shutil.which("docker") and subprocess.run([*plugin, "version"], capture_output=True, check=False).returncode == 0:
+    if (
+        shutil.which("docker")
+        and subprocess.run([*plugin, "version"], capture_output=True, check=False).returncode == 0
+    ):
         return plugin
     if alone := shutil.which("docker-compose"):
         return [alone]
@@ -151,7 +163,10 @@ def image_label(image: str, label: str) -> str | None:
 
 def has_images(images: Mapping[str, str]) -> bool:
     """Whether this engine has them all."""
-    return subprocess.run(["docker", "image", "inspect", *images.values()], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(["docker", "image", "inspect", *images.values()], capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 def can_have_official_images(images: Mapping[str, str]) -> bool:

@@ -1,0 +1,24 @@
+"""`nox -s down`: removes every container and network that `nox -s up` made; `-- --volumes` what they stored, too."""
+
+import argparse
+import sys
+
+from stack import Stack, StackError, check_engine
+
+
+def main() -> int:
+    """Removes the system; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="nox -s down --", description=__doc__)
+    parser.add_argument("--volumes", action="store_true", help="remove the cards and Consul's data as well")
+    options = parser.parse_args()
+    try:
+        check_engine()
+        Stack().compose("down", "--remove-orphans", *(["--volumes"] if options.volumes else []))
+    except StackError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

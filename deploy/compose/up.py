@@ -1,0 +1,161 @@
+"""`nox -s up`: build and start the system in containers with three backends, wait until it works, show that it does."""
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.live import Live
+
+from images import make_missing_images
+from registry import ServiceRegistry
+from registry.testing.agent import ConsulNotFoundError
+from stack import LOCAL_IMAGES, ROOT, Stack, StackError, can_have_official_images, check_engine, has_images, read_env
+from view import Row, rows, table
+
+_START_SECONDS = 120.0
+_PAUSE = 0.2
+"""Seconds between two looks."""
+_EDGE_PORTS = {"research-api": 8001, "backend-api": 8002, "orchestrator-api": 8003}
+"""As the edge listens inside; where it is published is the compose file's choice."""
+_CARD = {
+    "title": "Consul knows who is healthy",
+    "text": "Every service registers with Consul, which checks its health and forgets it when it fails.",
+    "tags": ["consul", "health"],
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Starts the system and leaves it running; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="nox -s up --", description=__doc__)
+    parser.add_argument("--backends", type=int, default=3, help="how many replicas of backend-api (default: 3)")
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        check_engine()
+        _up(Stack(choose_images(console.print)), options.backends, console)
+    except (StackError, ConsulNotFoundError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def choose_images(say: Callable[[str], Any]) -> dict[str, str]:
+    """The image variables to give Compose: the shell's, else the official ones, else (made if need be) the local ones.
+
+    Raises: StackError, ConsulNotFoundError.
+    """
+    local = read_env(LOCAL_IMAGES)
+    official = {name: image for name, image in read_env(ROOT / ".env").items() if name in local}
+    chosen = {name: os.environ[name] for name in local if os.environ.get(name)}
+    official |= chosen
+    if chosen == official or has_images(official):
+        return official
+    # Local ones that are there were made because nothing could be pulled: asking again would cost a time-out.
+    if has_images(local) or not can_have_official_images(official):
+        say("The official images can't be had here: taking those made from Debian's packages.")
+        make_missing_images()
+        return local | chosen
+    return official
+
+
+def _up(stack: Stack, backends: int, console: Console) -> None:
+    begun = time.monotonic()
+    stack.compose("up", "-d", "--build", "--remove-orphans", "--scale", f"backend={backends}")
+    consul = stack.address("consul", 8500)
+    edge = {service: stack.address("edge", port) for service, port in _EDGE_PORTS.items()}
+    host, port = consul.rsplit(":", 1)
+    with (
+        ServiceRegistry(host, int(port)) as registry,
+        httpx.Client(timeout=5.0, trust_env=False) as http,
+        Live(console=console, refresh_per_second=4) as live,
+    ):
+        start = Start(stack, registry, http, edge, live)
+        start.wait_until_passing()
+        start.wait_for_edge()
+        card = start.publish()
+        start.call_backend(10)
+    if not console.is_terminal:
+        console.line()  # which Live leaves out there
+    console.print(f"Published through the edge: card {card['id']}, {card['title']!r}.", soft_wrap=True)
+    for service, address in edge.items():
+        console.print(f"{service:<17} http://{address}/docs", soft_wrap=True)
+    console.print(f"{'Consul':<17} http://{consul}/ui", soft_wrap=True)
+    console.print(f"Up in {time.monotonic() - begun:.0f} s, and it runs on: `nox -s down` ends it.", soft_wrap=True)
+
+
+@dataclass
+class Start:
+    """The wait until a started stack works, and the first calls through its edge. Every method blocks."""
+
+    stack: Stack
+    registry: ServiceRegistry
+    http: httpx.Client
+    edge: dict[str, str]
+    live: Live
+    answered: Counter[str] = field(default_factory=Counter)
+    _deadline: float = field(default_factory=lambda: time.monotonic() + _START_SECONDS)
+
+    def wait_until_passing(self) -> None:
+        """Returns when every container does its work. Raises: StackError, when one ended or the time is over."""
+        while True:
+            found = self._show("waiting until every container is healthy and every instance passing")
+            if found and all(row.ready for row in found):
+                return
+            for row in found:
+                if row.container.state in {"exited", "dead", "restarting"}:
+                    raise StackError(
+                        f"{row.container.name} has ended. Its last words:\n{self.stack.logs(row.container)}"
+                    )
+            self._check_time(", ".join(row.container.name for row in found if not row.ready))
+
+    def wait_for_edge(self) -> None:
+        """Returns when the edge has found every instance that Consul says is passing. Raises: StackError."""
+        missing = {row.instance for row in self._show("waiting until the edge knows every instance") if row.instance}
+        while missing:
+            for address in self.edge.values():
+                missing.discard(self._who(address))
+            if missing:
+                self._check_time(f"the edge, which does not know {', '.join(sorted(missing))} yet")
+
+    def publish(self) -> dict[str, Any]:
+        """A card, published through orchestrator-api. Raises: StackError."""
+        answer = self.http.post(f"http://{self.edge['orchestrator-api']}/api/publish", json=_CARD)
+        if not answer.is_success:
+            raise StackError(f"Publishing through the edge was answered with {answer.status_code}: {answer.text[:500]}")
+        card: dict[str, Any] = answer.json()
+        return card
+
+    def call_backend(self, calls: int) -> None:
+        """Calls backend-api through the edge, and shows who answered."""
+        self.answered.update(self._who(self.edge["backend-api"]) for _ in range(calls))
+        self._show("")
+
+    def _who(self, address: str) -> str:
+        try:
+            answer = self.http.get(f"http://{address}/health")
+        except httpx.TransportError:
+            return "nobody"
+        return answer.headers.get("X-Service-Instance", "nobody") if answer.is_success else "nobody"
+
+    def _show(self, caption: str) -> list[Row]:
+        found = rows(self.stack, self.registry)
+        self.live.update(table(found, self.answered, caption))
+        return found
+
+    def _check_time(self, waiting: str) -> None:
+        if time.monotonic() > self._deadline:
+            raise StackError(f"Not up after {_START_SECONDS:.0f} s. Still waiting for {waiting}. It is left as it is.")
+        time.sleep(_PAUSE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
