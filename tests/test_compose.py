@@ -1,0 +1,252 @@
+"""What the compose file and what belongs to it promise, read from the files: needs no engine."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from registry import ServiceSettings
+
+ROOT = Path(__file__).parent.parent
+COMPOSE = ROOT / "deploy/compose"
+TEXT = (COMPOSE / "docker-compose.yml").read_text()
+DEFINITION: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = DEFINITION["services"]
+OURS = {"research": 8001, "backend": 8002, "orchestrator": 8003}
+HAPROXY = (COMPOSE / "haproxy.cfg").read_text()
+
+
+def env(path: Path) -> dict[str, str]:
+    """The variables of an env file."""
+    return dict(line.split("=", 1) for line in path.read_text().splitlines() if line and not line.startswith("#"))
+
+
+def seconds(duration: str) -> float:
+    """Compose's notation of whole seconds."""
+    return float(duration.removesuffix("s"))
+
+
+def test_the_services_are_the_ones_meant() -> None:
+    """The stack is Consul, Postgres, the edge and exactly the services of this repository."""
+    assert SERVICES.keys() == {"consul", "postgres", "edge", *OURS}
+    assert OURS.keys() == {path.name for path in (ROOT / "services").iterdir() if (path / "pyproject.toml").exists()}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_container_has_no_more_rights_than_it_needs(name: str) -> None:
+    """Every container is non-root, on a read-only root, without capabilities and without a way to get some."""
+    service = SERVICES[name]
+    user, group = map(int, service["user"].split(":"))
+    assert user > 0
+    assert group > 0
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service.keys() & {"cap_add", "privileged", "network_mode", "pid", "devices"}
+    assert not [
+        volume for volume in service.get("volumes", []) if volume.startswith("./") and not volume.endswith(":ro")
+    ]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_container_ends_and_comes_back_in_good_order(name: str) -> None:
+    """Every container has an init, a restart policy, bounded logs, a health check, and time to drain."""
+    service = SERVICES[name]
+    assert service["init"] is True
+    assert service["restart"] == "unless-stopped"
+    assert service["logging"]["options"].keys() == {"max-size", "max-file"}
+    assert service["healthcheck"]["test"][0] == "CMD"
+    assert not {"curl", "wget"} & set(service["healthcheck"]["test"])
+    # Withdrawing from a dead Consul takes 2 s, then the drain, then what uvicorn gives calls that are under way.
+    drain = ServiceSettings.model_fields["drain_seconds"].default
+    uvicorn = float(re.findall(r"UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN=(\d+)", (COMPOSE / "Dockerfile").read_text())[0])
+    assert seconds(service["stop_grace_period"]) > 2 + drain + uvicorn
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_container_can_scale(name: str) -> None:
+    """No container has a fixed name; only Consul and the edge, which do not scale, publish ports: on loopback."""
+    service = SERVICES[name]
+    assert "container_name" not in service
+    if name not in {"consul", "edge"}:
+        assert "ports" not in service
+        assert "networks" not in service
+    for port in service.get("ports", []):
+        assert port.startswith(("127.0.0.1:", "${EDGE_ADDRESS:-127.0.0.1}:"))
+
+
+def test_what_is_depended_on_is_healthy_first() -> None:
+    """Whoever depends on a service waits until it is healthy, and the services wait for Consul."""
+    for name, service in SERVICES.items():
+        wanted = service.get("depends_on", {})
+        assert all(condition == {"condition": "service_healthy"} for condition in wanted.values())
+        assert ("consul" in wanted) == (name not in {"consul", "postgres"})
+    assert "postgres" in SERVICES["backend"]["depends_on"]
+
+
+def test_every_variable_has_a_default_that_names_one_thing() -> None:
+    """Every variable has a default, the same wherever it stands, and the same as in .env."""
+    used = re.findall(r"\$\{?(\w+)([^}]*)\}?", TEXT)
+    assert used
+    defaults: dict[str, str] = {}
+    for name, default in used:
+        assert default.startswith(":-"), name
+        assert len(default) > 2, name
+        assert defaults.setdefault(name, default.removeprefix(":-")) == default.removeprefix(":-"), name
+    images = {name: image for name, image in env(ROOT / ".env").items() if name.endswith("_IMAGE")}
+    assert images == {name: image for name, image in defaults.items() if name.endswith("_IMAGE")}
+    python = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (COMPOSE / "Dockerfile").read_text(), re.MULTILINE)
+    assert python == [images["PYTHON_IMAGE"]]
+    assert all(re.search(r":\d+\.\d+|:\d+-", image) for image in images.values()), "every image has a version"
+    assert env(COMPOSE / "local-images.env").keys() == images.keys()
+
+
+def test_the_root_finds_the_compose_file() -> None:
+    """A bare docker-compose at the root finds the file, and its containers get the project's name."""
+    variables = env(ROOT / ".env")
+    assert (ROOT / variables["COMPOSE_FILE"]).samefile(COMPOSE / "docker-compose.yml")
+    assert variables["COMPOSE_PROJECT_NAME"] == "registry"
+
+
+def test_old_compose_accepts_the_keys() -> None:
+    """Nothing that docker-compose 1.29 refuses or the legacy builder can't do has crept in."""
+    assert DEFINITION.keys() <= {"x-base", "services", "volumes", "networks"}
+    assert not {"develop", "annotations"} & {key for service in SERVICES.values() for key in service}
+    assert not [name for name, service in SERVICES.items() if "start_interval" in service["healthcheck"]]
+    lines = (COMPOSE / "Dockerfile").read_text().splitlines()
+    comments = [line for line in lines if line.startswith("#")]
+    instructions = [line for line in lines if not line.startswith("#")]
+    assert not [line for line in comments if re.match(r"#\s*syntax", line)]
+    assert not [line for line in instructions if "--mount" in line or "<<" in line]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert not [line for line in ignored if line.startswith("!") and "*" in line]
+
+
+@pytest.mark.parametrize(("name", "port"), OURS.items())
+def test_a_service_is_built_and_published_under_its_own_port(name: str, port: int) -> None:
+    """A service's port is the same in its image, behind the edge, and in front of it."""
+    arguments = SERVICES[name]["build"]["args"]
+    assert f"SERVICE={name}" in arguments
+    assert f"PORT={port}" in arguments
+    assert [mapping for mapping in SERVICES["edge"]["ports"] if mapping.endswith(f":-{port}}}:{port}")]
+    assert re.search(rf"frontend {name}\n    bind :{port}\n(.*\n)+?    default_backend {name}-api\n", HAPROXY)
+    assert re.search(rf"backend {name}-api\n(.*\n)*?    server-template {name} 1-\d+ _{name}-api\._tcp\.", HAPROXY)
+
+
+def test_the_edge_has_the_settings_that_were_measured() -> None:
+    """Every setting that the edge's figures rest on is there (docs/adr/0006-edge.md)."""
+    lines = {line.strip() for line in HAPROXY.splitlines()}
+    assert lines >= {
+        "timeout connect 200ms",
+        "timeout check 400ms",
+        "timeout server 2s",
+        "option redispatch 1",
+        "retries 3",
+        "retry-on all-retryable-errors",
+        "balance roundrobin",
+        "hold obsolete 10s",
+        "hold nx 30s",
+        'nameserver consul "${CONSUL_ADDRESS}:8600"',
+    }
+    [server] = [line for line in lines if line.startswith("default-server ")]
+    for setting in (
+        "check inter 500ms fastinter 200ms downinter 500ms fall 2 rise 1",
+        "observe layer4 error-limit 3 on-error mark-down",
+        "init-addr none",
+    ):
+        assert setting in server
+
+
+def test_no_frontend_repeats_a_post() -> None:
+    """retry-on alone would repeat a POST that may have been carried out, so every frontend forbids it."""
+    frontends = [part for part in re.split(r"^(?=\S)", HAPROXY, flags=re.MULTILINE) if part.startswith("frontend ")]
+    assert len(frontends) == len(OURS) + 1
+    assert all("http-request disable-l7-retry if !METH_GET\n" in frontend for frontend in frontends)
+
+
+def test_consul_keeps_its_data_and_its_address() -> None:
+    """Consul's registrations outlive it, its DNS answers say when they are cut, and the edge knows its address."""
+    consul = SERVICES["consul"]
+    settings = json.loads((COMPOSE / "consul.json").read_text())
+    assert f"consul-data:{settings['data_dir']}" in consul["volumes"]
+    assert settings["server"] is True
+    assert settings["dns_config"]["enable_truncate"] is True
+    assert consul["networks"]["default"]["ipv4_address"] == SERVICES["edge"]["environment"]["CONSUL_ADDRESS"]
+    [pool] = DEFINITION["networks"]["default"]["ipam"]["config"]
+    assert pool["ip_range"].endswith(".128/25"), "nobody else is given an address that ends with .10"
+
+
+def test_images_hold_no_secret() -> None:
+    """No password or token goes into an image, neither by a build argument nor by a file."""
+    for name in OURS:
+        assert not [argument for argument in SERVICES[name]["build"]["args"] if re.search("(?i)passw|token", argument)]
+    assert not re.search(r"(?i)passw|token|secret", (COMPOSE / "Dockerfile").read_text())
+    assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*", "what is sent to the engine is named"
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts beside the compose file can be imported."""
+    monkeypatch.syspath_prepend(COMPOSE)
+
+
+@pytest.mark.usefixtures("modules")
+def test_local_images_are_remade_when_their_recipe_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label by which an image counts as present changes with every file and setting that it is made of."""
+    import images
+
+    (tmp_path / "Dockerfile").write_text("FROM one\n")
+    monkeypatch.setattr(images, "_RECIPE", tmp_path)
+    before = images._recipe()
+    assert before == images._recipe()
+    (tmp_path / "Dockerfile").write_text("FROM two\n")
+    changed = images._recipe()
+    monkeypatch.setattr(images, "_PACKAGES", "python3")
+    assert len({before, changed, images._recipe()}) == 3
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize(
+    ("present", "reachable", "made", "official"),
+    [
+        (set(), True, False, True),
+        (set(), False, True, False),
+        ({"official"}, False, False, True),
+        ({"local"}, True, True, False),
+        ({"official", "local"}, False, False, True),
+    ],
+)
+def test_up_takes_the_images_that_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, present: set[str], reachable: bool, made: bool, official: bool
+) -> None:
+    """Official images where they are or can be pulled, which makes none; local ones, made if need be, elsewhere."""
+    import up
+
+    calls: list[str] = []
+    local_names = env(COMPOSE / "local-images.env")
+    for name in local_names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(up, "has_images", lambda names: ("local" if names == local_names else "official") in present)
+    monkeypatch.setattr(up, "can_have_official_images", lambda _: reachable)
+    monkeypatch.setattr(up, "make_missing_images", lambda: calls.append("made"))
+    chosen = up.choose_images(lambda _: None)
+    official_names = {name: image for name, image in env(ROOT / ".env").items() if name in local_names}
+    assert chosen == (official_names if official else local_names)
+    assert calls == (["made"] if made else [])
+
+
+@pytest.mark.usefixtures("modules")
+def test_up_takes_the_images_that_the_shell_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image variables of the shell win: nothing is asked and nothing is made."""
+    import up
+
+    mine = {name: f"mine/{name.lower()}:1" for name in env(COMPOSE / "local-images.env")}
+    for name, image in mine.items():
+        monkeypatch.setenv(name, image)
+    for question in ("has_images", "can_have_official_images"):
+        monkeypatch.setattr(up, question, lambda _: pytest.fail("asked"))
+    monkeypatch.setattr(up, "make_missing_images", lambda: pytest.fail("made"))
+    assert up.choose_images(lambda _: None) == mine
