@@ -87,7 +87,7 @@ class ConsulResolver:
             # A connection and a task live and die with their loop.
             self._loop, self._consul, self._watches = loop, AsyncConsul(self.settings), {}
         key = (service, tag)
-        if key not in self._watches:
+        if key not in self._watches or self._watches[key].task.done():
             check_service(service)
             if tag is not None:
                 check_tag(tag)
@@ -110,4 +110,6 @@ class ConsulResolver:
             return
         # A name that nobody runs goes before one that somebody runs.
         oldest = min(removable, key=lambda key: (bool(self._watches[key].snapshot), self._watches[key].asked_at))
-        self._watches.pop(oldest).task.cancel()
+        watch = self._watches.pop(oldest)
+        watch.task.cancel()
+        watch.answered.set()  # whoever waits for it must not wait until the time-out

@@ -6,11 +6,13 @@ Source: https://developer.hashicorp.com/consul/api-docs/features/blocking
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from consul.callback import CB
 
 from registry.consul.connection import AsyncConsul, consul_errors
-from registry.consul.health import parse_entries, parse_passing
+from registry.consul.health import parse_passing
 from registry.errors import (
     NoHealthyInstanceError,
     RegistryError,
@@ -31,10 +33,17 @@ WAIT = 30
 class Watch:
     """What Consul says of one service, kept by calling ``step`` for ever."""
 
-    def __init__(self, consul: AsyncConsul, service: str, tag: str | None) -> None:
+    def __init__(
+        self,
+        consul: AsyncConsul,
+        service: str,
+        tag: str | None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._consul = consul
         self._service = service
         self._tag = tag
+        self._sleep = sleep
         self._index = 0
         self._failures = 0
         self._backoff = Backoff(base=0.1, cap=2.0)
@@ -78,7 +87,7 @@ class Watch:
 
     async def step(self) -> None:
         """One query: parks until something changed, an error came or ``WAIT`` is over. Raises only CancelledError."""
-        await asyncio.sleep(self._rate.delay())
+        await self._sleep(self._rate.delay())
         try:
             await self._query()
         except Exception as error:
@@ -97,7 +106,7 @@ class Watch:
         with consul_errors(self._consul.settings):
             path = f"/v1/health/service/{self._service}"
             raw_index, entries = await self._consul.http.get(CB.json(index=True), path, params)
-        index, snapshot, registered = int(raw_index), parse_passing(entries), len(parse_entries(entries))
+        index, snapshot, registered = int(raw_index), parse_passing(_listed(entries)), len(entries)
         # "Reset the index if it goes backwards" and "sanity check index is greater than zero": the same source.
         self._index = 0 if index < self._index else max(index, 1)
         self.heard_at = time.monotonic()
@@ -121,7 +130,13 @@ class Watch:
         self._index = 0  # an old index against a restarted agent is blind until the wait ends
         self._failures += 1
         self.answered.set()
-        await asyncio.sleep(self._backoff.delay(self._failures))
+        await self._sleep(self._backoff.delay(self._failures))
+
+
+def _listed(entries: Any) -> list[dict[str, Any]]:
+    if not isinstance(entries, list):
+        raise TypeError(f"not a list: {str(entries)[:100]}")
+    return entries
 
 
 class _TokenBucket:
