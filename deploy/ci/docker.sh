@@ -8,20 +8,22 @@ state=${REGISTRY_DOCKER_STATE:-/var/tmp/registry-docker}
 pid_file=$state/dockerd.pid
 log=$state/dockerd.log
 
-answers() { timeout 10 docker version --format '{{.Server.Version}}' 2>/dev/null; }
+answers() { timeout 10 docker version --format '{{.Server.Version}}' 2>/dev/null; } # Prints the engine's version.
 
 ours() { # The pid of the engine that we started, if it still runs and still is one.
     local pid
     pid=$(cat "$pid_file" 2>/dev/null) && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == dockerd ]] && echo "$pid"
 }
 
-install() { # Debian's packages, only those whose command is missing.
+install() { # Debian's packages, only for what is missing.
     local packages=()
-    command -v dockerd >/dev/null || packages+=(docker.io containerd runc iptables)
+    answers >/dev/null || command -v dockerd >/dev/null || packages+=(docker.io containerd runc iptables)
     docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null || packages+=(docker-compose)
     ((${#packages[@]})) || return 0
-    echo "Installing ${packages[*]}." >&2
     apt-get update -qq
+    # Newer releases of Debian have the client in a package of its own.
+    command -v docker >/dev/null || ! apt-cache show docker-cli >/dev/null 2>&1 || packages+=(docker-cli)
+    echo "Installing ${packages[*]}." >&2
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >&2
 }
 
