@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,7 +19,7 @@ from registry.drain import DrainOnSigterm
 from registry.health import Check, health_router
 from registry.settings import ConsulSettings, ServiceSettings
 
-__all__ = ["Check", "DiscoveryClient", "RegistryMiddleware", "health_router", "lifespan"]
+__all__ = ["Check", "DiscoveryClient", "RegistryMiddleware", "health_router", "lifespan", "refuse_invalid_request"]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 
@@ -124,6 +125,16 @@ async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
         await send(message)
 
     await app(scope, receive, send_signed)
+
+
+async def refuse_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    """FastAPI's 422, without the refused value: ``app.exception_handler(RequestValidationError)(…)``.
+
+    The value may be long, or the very thing that can't be written as JSON (half a surrogate pair, NaN), and then
+    FastAPI's own answer would be a 500.
+    """
+    detail = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
+    return JSONResponse({"detail": detail}, 422)
 
 
 def _discovery_client(request: Request) -> ServiceDiscoveryClient:

@@ -5,13 +5,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from backend.database import DatabaseUnavailableError
-
-
-async def _invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
-    # The refused value is left out: it may be long, or the very thing that can't be written as JSON
-    # (half a surrogate pair, NaN), and then FastAPI's own answer would be a 500.
-    detail = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
-    return JSONResponse({"detail": detail}, 422)
+from registry.fastapi import refuse_invalid_request
 
 
 async def _database_unavailable(_: Request, error: DatabaseUnavailableError) -> JSONResponse:
@@ -20,5 +14,5 @@ async def _database_unavailable(_: Request, error: DatabaseUnavailableError) -> 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer refused input with 422 and a database that is away with 503."""
-    app.exception_handler(RequestValidationError)(_invalid_request)
+    app.exception_handler(RequestValidationError)(refuse_invalid_request)
     app.exception_handler(DatabaseUnavailableError)(_database_unavailable)

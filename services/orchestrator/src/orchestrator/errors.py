@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from orchestrator.clients import UpstreamError
 from orchestrator.registry import RegistryError, RegistryUnavailableError, ServiceNotFoundError
 from orchestrator.schemas import Problem
+from registry.fastapi import refuse_invalid_request
 
 
 def status_and_words(error: UpstreamError) -> tuple[int, str]:
@@ -64,15 +65,8 @@ async def _registry_failed(_: Request, error: RegistryError) -> Response:
     return JSONResponse(Problem(detail=words).model_dump(), 503, {"Retry-After": "1"})
 
 
-async def _invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
-    # The refused value is left out: it may be long, or the very thing that can't be written as JSON
-    # (half a surrogate pair, NaN), and then FastAPI's own answer would be a 500.
-    detail = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
-    return JSONResponse({"detail": detail}, 422)
-
-
 def add_error_handlers(app: FastAPI) -> None:
     """Answer refused input with 422, and what fails behind the front door as ``status_and_words`` says."""
     app.exception_handler(UpstreamError)(_upstream_failed)
     app.exception_handler(RegistryError)(_registry_failed)
-    app.exception_handler(RequestValidationError)(_invalid_request)
+    app.exception_handler(RequestValidationError)(refuse_invalid_request)

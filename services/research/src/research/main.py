@@ -1,9 +1,9 @@
 """research-api: suggestions for a text from related cards. Run it: ``uvicorn research.main:app --port 8001``."""
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 
-from registry.fastapi import RegistryMiddleware, health_router, lifespan
-from research.errors import add_error_handlers
+from registry.fastapi import RegistryMiddleware, health_router, lifespan, refuse_invalid_request
 from research.routes import router
 from research.settings import Settings
 
@@ -17,7 +17,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.add_middleware(RegistryMiddleware)
-    add_error_handlers(app)
+    app.exception_handler(RequestValidationError)(refuse_invalid_request)
     app.include_router(health_router())
     app.include_router(router)
     return app
