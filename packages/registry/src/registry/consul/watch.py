@@ -107,6 +107,10 @@ class Watch:
             path = f"/v1/health/service/{self._service}"
             raw_index, entries = await self._consul.http.get(CB.json(index=True), path, params)
         index, snapshot, registered = int(raw_index), parse_passing(_listed(entries)), len(entries)
+        if self._index and self.registered and not entries:
+            # To a parked question a token that lost its rights is told the same as if all had left; not to a new one.
+            self._index = 0
+            return
         # "Reset the index if it goes backwards" and "sanity check index is greater than zero": the same source.
         self._index = 0 if index < self._index else max(index, 1)
         self.heard_at = time.monotonic()
