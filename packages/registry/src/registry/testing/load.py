@@ -21,6 +21,7 @@ Call = Callable[[str], Awaitable[httpx.Response]]
 """Makes one call that carries this id, such as in ``X-Request-Id``; an answer of 400 or more is a failure too."""
 
 _TICK = 0.002
+_LONGEST_TURN = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +172,14 @@ class Load:
         task.add_done_callback(self._tasks.discard)
 
     async def _keep_calling(self) -> None:
+        turned = time.monotonic()
         while not self._ending and self._begun < self._calls:
             self._begun += 1
             await self._one(self._begun)
+            if time.monotonic() - turned > _LONGEST_TURN:
+                # A client that never waits blocks the event loop, which must show, but not for ever.
+                await asyncio.sleep(0)
+                turned = time.monotonic()
 
     async def _offer(self, rate: float) -> None:
         while not self._ending and self._begun < self._calls:
