@@ -144,8 +144,14 @@ def play(quick: bool) -> list[Outcome]:
         scenes.WARM, scenes.CALLS = 100, 400
     outcomes = []
     for scene in SCENES[:1] if quick else SCENES:
-        with running_agent() as agent:
-            found = asyncio.run(_run(scene, agent))
+        try:
+            with running_agent() as agent:
+                found = asyncio.run(_run(scene, agent))
+        except Exception as error:
+            # Minutes of measuring before it must not be lost.
+            outcomes.append(Outcome(scene.name, scene.promise, f"broke off: {error!r}", False, 0, 0, 0, 0.0, 0.0))
+            print(f"✗ {scene.name}: {error!r}", flush=True)
+            continue
         outcomes.append(_outcome(scene, found))
         print(f"{'✓' if outcomes[-1].kept else '✗'} {scene.name}: {found}", flush=True)
     return outcomes

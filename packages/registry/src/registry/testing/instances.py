@@ -228,7 +228,7 @@ class RunningInstance:
             raise RuntimeError(f"{self.instance.id} was made without a Consul agent")
         headers = {} if self._consul.token is None else {"X-Consul-Token": self._consul.token}
         url = f"{self._consul.url}{path}"
-        answer = httpx.put(url, json=body, headers=headers, timeout=2.0, trust_env=False)
+        answer = httpx.put(url, json=body, headers=headers, timeout=5.0, trust_env=False)
         if answer.status_code != httpx.codes.NOT_FOUND:
             answer.raise_for_status()
 
