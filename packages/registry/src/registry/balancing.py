@@ -43,13 +43,13 @@ class Endpoint:
         "turn",
     )
 
-    def __init__(self, instance: Instance, latency: float = 0.0, turn: float = 0.0, now: float = 0.0) -> None:
+    def __init__(self, instance: Instance, latency: float = 0.0, now: float = 0.0) -> None:
         self.instance = instance
         self.started: dict[object, float] = {}
         """One entry per attempt under way, oldest first: its start."""
         self.picks = 0
         """How often it was picked."""
-        self.turn = turn
+        self.turn = 0.0
         """How far it is with its share of the picks: each one moves it on by 1 / weight."""
         self.failures = 0
         """Failures in a row."""

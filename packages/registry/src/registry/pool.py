@@ -67,7 +67,7 @@ class Pool:
         best = min((endpoint.latency(now) for endpoint in before.values() if not endpoint.ejected_until), default=0.0)
         for instance in snapshot:
             key = (instance.id, instance.address, instance.port)
-            endpoint = before.pop(key, None) or Endpoint(instance, best, self._turn, now)
+            endpoint = before.pop(key, None) or Endpoint(instance, best, now)
             endpoint.instance = instance
             self.endpoints[key] = endpoint
         gone = self.gone | {key: (endpoint, now) for key, endpoint in before.items()}
@@ -208,17 +208,22 @@ class Pool:
         # Ejected on until the probe has an answer, or for as long again if it never gets one.
         endpoint.ejected_until = now + (MAX_REFUSED if endpoint.refusals else EJECTION)
         self._rebuild()
+        if self._open_until:
+            self._stay_open(now)
         return endpoint
 
     def _half_open(self, tried: Collection[Endpoint], now: float) -> Endpoint | None:
         if not tried:
             if now < self._open_until:
                 return None
-            self._open_for = min(2 * self._open_for, MAX_REFUSED)
-            self._open_until = now + self._open_for
+            self._stay_open(now)
         # A call that is under way goes on to the others, so that one probe finds the one that is back.
         untried = [endpoint for endpoint in self.endpoints.values() if endpoint not in tried]
         return random.choice(untried) if untried else None
+
+    def _stay_open(self, now: float) -> None:
+        self._open_for = min(2 * self._open_for, MAX_REFUSED)
+        self._open_until = now + self._open_for
 
 
 def _ejection(times: int) -> float:
