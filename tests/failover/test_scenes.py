@@ -33,6 +33,7 @@ async def test_a_kill_repeats_no_post(consul_agent: ConsulAgent) -> None:
     assert scene.report.errors.keys() <= {"ReadError", "RemoteProtocolError"}
     assert len(scene.report.failures) <= CALLERS
     assert scene.duplicated == 0
+    assert scene.requests == scene.report.calls - scene.figures["unseen"]
     assert scene.figures["failed_later"] == 0
 
 
