@@ -93,7 +93,7 @@ class AiohttpSender:
         headers += extra.items()
         body: bytes | httpx.AsyncByteStream | None
         if isinstance(request.stream, httpx.ByteStream):
-            body = request.content or None
+            body = b"".join(request.stream) or None  # not .content, which a redirected request lacks
         else:
             body = request.stream  # type: ignore[assignment]  # httpx types it wider than what async clients send
             headers = [pair for pair in headers if pair[0].lower() != "transfer-encoding"]  # aiohttp sets its own
