@@ -14,6 +14,11 @@ __all__ = ["write"]
 FLEET = 3
 """The promises are about so many instances; or about the nearest number that was measured."""
 
+BUSY = (
+    "**Others used the machine during this run.** Calls per second and latencies say little then, ratios of them "
+    "something, CPU per call the most."
+)
+
 
 def write(results: Results, folder: Path) -> None:
     """README.md, results.json and throughput.svg in the folder, which is made if need be."""
@@ -37,6 +42,7 @@ def _page(results: Results) -> str:
         "CPU is that of the client process per call: the steadier figure where others use the machine too. The usual "
         "sample is measured in one round only. Instances are registrations in a real Consul, each with a loopback "
         "address of its own; clients that know no registry are given the addresses and take turns.",
+        *([BUSY] if float(results.environment["load before"]) >= 1 else []),
         "## Promises",
         _table(["", "seen", "promised", ""], _promises(results)),
         f"## {fleet} instances",

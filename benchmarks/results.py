@@ -71,7 +71,7 @@ def environment(consul: str) -> dict[str, str]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "Python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
         "Consul": consul,
