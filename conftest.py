@@ -1,6 +1,11 @@
+import signal
+
 import pytest
 
 pytest_plugins = ["registry.testing"]
+
+# A shell starts its background jobs with SIGINT ignored, and that is inherited: no child could be sent a Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
