@@ -130,7 +130,8 @@ class Pool:
             if endpoint.refusals:
                 self._reinstate(endpoint)
             endpoint.failures += 1
-            if endpoint.failures < FAILURES_TO_EJECT or now < endpoint.ejected_at + _ejection(endpoint.ejections):
+            serving = endpoint.ejected_until and now < endpoint.ejected_at + _ejection(endpoint.ejections)
+            if endpoint.failures < FAILURES_TO_EJECT or serving:
                 return
             endpoint.ejections = 1 if now - endpoint.ejected_at > 2 * MAX_EJECTION else endpoint.ejections + 1
             endpoint.ejected_until = now + _ejection(endpoint.ejections)

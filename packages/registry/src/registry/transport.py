@@ -118,9 +118,12 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
             and call.upstream.budget.withdraw()
         )
 
-    async def _attempt(self, call: Call, endpoint: Endpoint) -> tuple[Outcome, Failure | None]:
-        """Sends once, and tells the pool how it went."""
-        upstream, started, key = call.upstream, time.monotonic(), object()
+    async def _attempt(
+        self, call: Call, endpoint: Endpoint, picked: float | None = None
+    ) -> tuple[Outcome, Failure | None]:
+        """Sends once, and tells the pool how it went. ``picked``: when it was chosen, if a task begins later."""
+        upstream, key = call.upstream, object()
+        started = time.monotonic() if picked is None else picked
         number, headers = call.start(endpoint)
         endpoint.started[key] = started
         outcome: Outcome
@@ -150,7 +153,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
 
     async def _hedged(self, call: Call, endpoint: Endpoint) -> tuple[Outcome, Failure | None]:
         """Sends once more, to another instance, when the answer takes longer than most; the first success wins."""
-        attempts, started = [asyncio.ensure_future(self._attempt(call, endpoint))], time.monotonic()
+        started = time.monotonic()
+        attempts = [asyncio.ensure_future(self._attempt(call, endpoint, started))]
         returned = None
         try:
             done, running = await asyncio.wait(attempts, timeout=call.upstream.p95())
@@ -158,7 +162,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
                 second = await call.upstream.pick(call.tried, safe=True)
                 if second is not None and call.upstream.budget.withdraw():
                     call.seen = True
-                    attempts.append(asyncio.ensure_future(self._attempt(call, second)))
+                    attempts.append(asyncio.ensure_future(self._attempt(call, second, time.monotonic())))
                     running.add(attempts[-1])
             while not done or (running and all(task.result()[1] for task in done)):
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
