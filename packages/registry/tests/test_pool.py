@@ -51,6 +51,20 @@ def instances(names: Sequence[str]) -> tuple[Instance, ...]:
     return tuple(Instance(name, "cards", "10.0.0.1", 8000 + ord(name[0])) for name in names)
 
 
+def test_who_is_back_early_can_be_ejected_again() -> None:
+    """An answer that came in spite of the ejection ends it, and five more failures in a row eject at once again."""
+    fleet = Fleet()
+    for _ in range(FAILURES_TO_EJECT):
+        fleet.pool.failed(fleet["a"], SENT, 0.0)
+    fleet.clock.tick(1.0)
+    fleet.pool.succeeded(fleet["a"], 0.5)
+    assert fleet["a"].ejected_until == 0
+    for _ in range(FAILURES_TO_EJECT):
+        fleet.pool.failed(fleet["a"], SENT, 0.0)
+    assert fleet["a"].ejected_until == pytest.approx(fleet.clock.now + 2 * EJECTION)
+    assert fleet.picks() == {"b", "c"}
+
+
 class Fleet:
     """A pool over instances with names of one letter."""
 
