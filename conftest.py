@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-pytest_plugins = ["registry.testing"]
+pytest_plugins = ["registry.testing.fixtures"]
 
 # A shell starts its background jobs with SIGINT ignored, and that is inherited: no child could be sent a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

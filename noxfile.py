@@ -19,7 +19,7 @@ MEMBERS = sorted(
     for folder in ("packages", "services")
     for path in ROOT.glob(f"{folder}/*/pyproject.toml")
 )
-TYPED = ["packages", "services", "deploy/compose", "deploy/local", "benchmarks", "tests", "conftest.py", "noxfile.py"]
+TYPED = ["packages", "services", "deploy", "benchmarks", "tests", "conftest.py", "noxfile.py"]
 
 
 @nox.session
@@ -51,7 +51,7 @@ def demo(session: nox.Session) -> None:
     """Start Consul and the services as local processes; `-- --once` shows the tour and leaves."""
     install(session)
     # After Ctrl-C the services withdraw from Consul and drain before they end.
-    session.run("python", "deploy/local/demo.py", *session.posargs, interrupt_timeout=15.0)
+    session.run("python", "-m", "deploy.local.demo", *session.posargs, interrupt_timeout=15.0)
 
 
 @nox.session
@@ -65,20 +65,20 @@ def bench(session: nox.Session) -> None:
 def up(session: nox.Session) -> None:
     """Start the system in containers; `-- --backends 5` scales it further."""
     install(session)
-    session.run("python", "deploy/compose/up.py", *session.posargs)
+    session.run("python", "-m", "deploy.compose.up", *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def down(session: nox.Session) -> None:
     """Remove what `up` made; `-- --volumes` removes the stored cards and Consul's data, too."""
-    session.run(sys.executable, "deploy/compose/down.py", *session.posargs, external=True)
+    session.run(sys.executable, "-m", "deploy.compose.down", *session.posargs, external=True)
 
 
 @nox.session
 def images(session: nox.Session) -> None:
     """Make the base images from Debian's packages, where no official ones can be pulled; only what is missing."""
     install(session)
-    session.run("python", "deploy/compose/images.py")
+    session.run("python", "-m", "deploy.compose.images")
 
 
 @nox.session(venv_backend="none")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.compose import images
+from deploy.services import SERVICES as TABLE
 from registry import ServiceSettings
 
 ROOT = Path(__file__).parent.parent
@@ -15,7 +17,7 @@ COMPOSE = ROOT / "deploy/compose"
 TEXT = (COMPOSE / "docker-compose.yml").read_text()
 DEFINITION: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = DEFINITION["services"]
-OURS = {"research": 8001, "backend": 8002, "orchestrator": 8003}
+OURS = {service.folder: service.port for service in TABLE}
 HAPROXY = (COMPOSE / "haproxy.cfg").read_text()
 
 
@@ -32,7 +34,7 @@ def seconds(duration: str) -> float:
 def test_the_services_are_the_ones_meant() -> None:
     """The stack is Consul, Postgres, the edge and exactly the services of this repository."""
     assert SERVICES.keys() == {"consul", "postgres", "edge", *OURS}
-    assert OURS.keys() == {path.name for path in (ROOT / "services").iterdir() if (path / "pyproject.toml").exists()}
+    assert {"backend": 8002, "research": 8001, "orchestrator": 8003}.items() <= OURS.items()
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -96,12 +98,12 @@ def test_every_variable_has_a_default_that_names_one_thing() -> None:
         assert default.startswith(":-"), name
         assert len(default) > 2, name
         assert defaults.setdefault(name, default.removeprefix(":-")) == default.removeprefix(":-"), name
-    images = {name: image for name, image in env(ROOT / ".env").items() if name.endswith("_IMAGE")}
-    assert images == {name: image for name, image in defaults.items() if name.endswith("_IMAGE")}
+    in_env = {name: image for name, image in env(ROOT / ".env").items() if name.endswith("_IMAGE")}
+    assert in_env == {name: image for name, image in defaults.items() if name.endswith("_IMAGE")}
     python = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (COMPOSE / "Dockerfile").read_text(), re.MULTILINE)
-    assert python == [images["PYTHON_IMAGE"]]
-    assert all(re.search(r":\d+\.\d+|:\d+-", image) for image in images.values()), "every image has a version"
-    assert env(COMPOSE / "local-images.env").keys() == images.keys()
+    assert python == [in_env["PYTHON_IMAGE"]]
+    assert all(re.search(r":\d+\.\d+|:\d+-", image) for image in in_env.values()), "every image has a version"
+    assert env(COMPOSE / "local-images.env").keys() == in_env.keys()
 
 
 def test_the_root_finds_the_compose_file() -> None:
@@ -187,17 +189,8 @@ def test_images_hold_no_secret() -> None:
     assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*", "what is sent to the engine is named"
 
 
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts beside the compose file can be imported."""
-    monkeypatch.syspath_prepend(COMPOSE)
-
-
-@pytest.mark.usefixtures("modules")
 def test_local_images_are_remade_when_their_recipe_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The label by which an image counts as present changes with every file and setting that it is made of."""
-    import images
-
     (tmp_path / "Dockerfile").write_text("FROM one\n")
     monkeypatch.setattr(images, "_RECIPE", tmp_path)
     before = images._recipe()
@@ -208,7 +201,6 @@ def test_local_images_are_remade_when_their_recipe_changes(tmp_path: Path, monke
     assert len({before, changed, images._recipe()}) == 3
 
 
-@pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize(
     ("present", "reachable", "made", "official"),
     [
@@ -223,30 +215,27 @@ def test_up_takes_the_images_that_can_be_had(
     monkeypatch: pytest.MonkeyPatch, present: set[str], reachable: bool, made: bool, official: bool
 ) -> None:
     """Official images where they are or can be pulled, which makes none; local ones, made if need be, elsewhere."""
-    import up
-
     calls: list[str] = []
     local_names = env(COMPOSE / "local-images.env")
     for name in local_names:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(up, "has_images", lambda names: ("local" if names == local_names else "official") in present)
-    monkeypatch.setattr(up, "can_have_official_images", lambda _: reachable)
-    monkeypatch.setattr(up, "make_missing_images", lambda: calls.append("made"))
-    chosen = up.choose_images(lambda _: None)
+    monkeypatch.setattr(
+        images, "has_images", lambda names: ("local" if names == local_names else "official") in present
+    )
+    monkeypatch.setattr(images, "can_have_official_images", lambda _: reachable)
+    monkeypatch.setattr(images, "make_missing_images", lambda: calls.append("made"))
+    chosen = images.choose_images(lambda _: None)
     official_names = {name: image for name, image in env(ROOT / ".env").items() if name in local_names}
     assert chosen == (official_names if official else local_names)
     assert calls == (["made"] if made else [])
 
 
-@pytest.mark.usefixtures("modules")
 def test_up_takes_the_images_that_the_shell_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Image variables of the shell win: nothing is asked and nothing is made."""
-    import up
-
     mine = {name: f"mine/{name.lower()}:1" for name in env(COMPOSE / "local-images.env")}
     for name, image in mine.items():
         monkeypatch.setenv(name, image)
     for question in ("has_images", "can_have_official_images"):
-        monkeypatch.setattr(up, question, lambda _: pytest.fail("asked"))
-    monkeypatch.setattr(up, "make_missing_images", lambda: pytest.fail("made"))
-    assert up.choose_images(lambda _: None) == mine
+        monkeypatch.setattr(images, question, lambda _: pytest.fail("asked"))
+    monkeypatch.setattr(images, "make_missing_images", lambda: pytest.fail("made"))
+    assert images.choose_images(lambda _: None) == mine

@@ -17,7 +17,7 @@ import pytest
 
 from registry.testing.ports import free_ports
 
-DEMO = Path(__file__).parents[1] / "deploy" / "local" / "demo.py"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def demo(
     """The demo as a process of its own."""
     variables = {"TMPDIR": str(temporary), "CONSUL_BIN": str(consul), "COLUMNS": "120", **environment}
     process = subprocess.Popen(
-        [sys.executable, str(DEMO), *options, "--ports", *map(str, ports)],
+        [sys.executable, "-m", "deploy.local.demo", *options, "--ports", *map(str, ports)],
+        cwd=ROOT,
         env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

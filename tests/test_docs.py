@@ -30,7 +30,7 @@ import httpx
 import pytest
 
 from registry import ServiceRegistry
-from registry.testing import ConsulAgent
+from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
 
 ROOT = Path(__file__).parents[1]

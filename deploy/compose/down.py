@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from stack import Stack, StackError, check_engine
+from deploy.compose.stack import Stack, StackError, check_engine
 
 
 def main() -> int:

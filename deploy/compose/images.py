@@ -8,14 +8,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from deploy.compose.stack import (
+    HERE,
+    LOCAL_IMAGES,
+    StackError,
+    can_have_official_images,
+    check_engine,
+    has_images,
+    image_label,
+    read_env,
+)
+from deploy.services import ROOT
 from registry.testing.agent import ConsulNotFoundError, find_consul
-from stack import HERE, LOCAL_IMAGES, ROOT, StackError, check_engine, image_label, read_env
 
-__all__ = ["make_missing_images"]
+__all__ = ["choose_images", "make_missing_images"]
 
 _RECIPE = HERE / "local"
 _SUITE = "trixie"
@@ -38,6 +49,25 @@ def main() -> int:
         f"  set -a; . {LOCAL_IMAGES.relative_to(ROOT)}; set +a"
     )
     return 0
+
+
+def choose_images(say: Callable[[str], Any]) -> dict[str, str]:
+    """The image variables to give Compose: the shell's, else the official ones, else (made if need be) the local ones.
+
+    Raises: StackError, ConsulNotFoundError.
+    """
+    local = read_env(LOCAL_IMAGES)
+    official = {name: image for name, image in read_env(ROOT / ".env").items() if name in local}
+    chosen = {name: os.environ[name] for name in local if os.environ.get(name)}
+    official |= chosen
+    if chosen == official or has_images(official):
+        return official
+    # Local ones that are there were made because nothing could be pulled: asking again would cost a time-out.
+    if has_images(local) or not can_have_official_images(official):
+        say("The official images can't be had here: taking those made from Debian's packages.")
+        make_missing_images()
+        return local | chosen
+    return official
 
 
 def make_missing_images() -> None:

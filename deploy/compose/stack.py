@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deploy.services import ROOT
+
 __all__ = [
     "HERE",
     "LOCAL_IMAGES",
-    "ROOT",
     "Container",
     "Stack",
     "StackError",
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 LOCAL_IMAGES = HERE / "local-images.env"
 _ANSWER_SECONDS = 20.0
 _NO_ENGINE = """\

@@ -1,11 +1,10 @@
 """`nox -s up`: build and start the system in containers with three backends, wait until it works, show that it does."""
 
 import argparse
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,17 +12,16 @@ import httpx
 from rich.console import Console
 from rich.live import Live
 
-from images import make_missing_images
+from deploy.compose.images import choose_images
+from deploy.compose.stack import Stack, StackError, check_engine
+from deploy.compose.view import Row, rows, table
+from deploy.services import SERVICES
 from registry import ServiceRegistry
 from registry.testing.agent import ConsulNotFoundError
-from stack import LOCAL_IMAGES, ROOT, Stack, StackError, can_have_official_images, check_engine, has_images, read_env
-from view import Row, rows, table
 
 _START_SECONDS = 120.0
 _PAUSE = 0.2
 """Seconds between two looks."""
-_EDGE_PORTS = {"research-api": 8001, "backend-api": 8002, "orchestrator-api": 8003}
-"""As the edge listens inside; where it is published is the compose file's choice."""
 _CARD = {
     "title": "Consul knows who is healthy",
     "text": "Every service registers with Consul, which checks its health and forgets it when it fails.",
@@ -48,30 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def choose_images(say: Callable[[str], Any]) -> dict[str, str]:
-    """The image variables to give Compose: the shell's, else the official ones, else (made if need be) the local ones.
-
-    Raises: StackError, ConsulNotFoundError.
-    """
-    local = read_env(LOCAL_IMAGES)
-    official = {name: image for name, image in read_env(ROOT / ".env").items() if name in local}
-    chosen = {name: os.environ[name] for name in local if os.environ.get(name)}
-    official |= chosen
-    if chosen == official or has_images(official):
-        return official
-    # Local ones that are there were made because nothing could be pulled: asking again would cost a time-out.
-    if has_images(local) or not can_have_official_images(official):
-        say("The official images can't be had here: taking those made from Debian's packages.")
-        make_missing_images()
-        return local | chosen
-    return official
-
-
 def _up(stack: Stack, backends: int, console: Console) -> None:
     begun = time.monotonic()
     stack.compose("up", "-d", "--build", "--remove-orphans", "--scale", f"backend={backends}")
     consul = stack.address("consul", 8500)
-    edge = {service: stack.address("edge", port) for service, port in _EDGE_PORTS.items()}
+    edge = {service.name: stack.address("edge", service.port) for service in SERVICES}
     host, port = consul.rsplit(":", 1)
     with (
         ServiceRegistry(host, int(port)) as registry,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from deploy.compose.stack import Container, Stack
+from deploy.services import SERVICES
 from registry import RegistryUnavailableError, ServiceRegistry
-from stack import Container, Stack
 
-__all__ = ["SERVICES", "Row", "rows", "table"]
+__all__ = ["Row", "rows", "table"]
 
-SERVICES = {"research": "research-api", "backend": "backend-api", "orchestrator": "orchestrator-api"}
-"""Name in docker-compose.yml → name in Consul."""
+_FOLDERS = {service.folder for service in SERVICES}
 _BAD = {"critical", "unhealthy", "exited", "dead", "restarting"}
 
 
@@ -31,22 +31,22 @@ class Row:
         """Of a service what Consul says, for that is what callers meet; of anything else what the engine says."""
         if self.container.state != "running":
             return self.container.state
-        return (self.consul or "starting") if self.container.service in SERVICES else self.container.health
+        return (self.consul or "starting") if self.container.service in _FOLDERS else self.container.health
 
     @property
     def ready(self) -> bool:
         """Whether it does its work."""
-        return self.health == ("passing" if self.container.service in SERVICES else "healthy")
+        return self.health == ("passing" if self.container.service in _FOLDERS else "healthy")
 
 
 def rows(stack: Stack, registry: ServiceRegistry) -> list[Row]:
     """Every container of the stack. Blocks; a Consul that is away knows nobody. Raises: StackError."""
     known: dict[tuple[str, str], tuple[str, str]] = {}
     try:
-        for service, name in SERVICES.items():
-            for instance in registry.discover_service(name, passing=False):
+        for service in SERVICES:
+            for instance in registry.discover_service(service.name, passing=False):
                 health = registry.get_service_health(instance.id)
-                known[service, instance.address] = instance.id, health.status if health else ""
+                known[service.folder, instance.address] = instance.id, health.status if health else ""
     except RegistryUnavailableError:
         known = {}
     return [

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.live import Live
 
-from processes import DemoError, Processes
+from deploy.local.processes import DemoError, Processes
+from deploy.local.system import Ports, System
+from deploy.local.tour import show_tour, stay
+from deploy.services import SERVICES
 from registry.testing.agent import ConsulNotFoundError, ConsulStartError, find_consul, running_agent
-from system import Ports, System
-from tour import show_tour, stay
 
 _START_SECONDS = 60.0
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        _run(Ports(*options.ports), options.once, Console())
+        _run(_ports(*options.ports), options.once, Console())
     except (DemoError, ConsulNotFoundError, ConsulStartError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -38,9 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
     parser.add_argument("--once", action="store_true", help="show the tour and leave")
-    # For tests, which run beside a running demo: Consul, research-api, backend-api, orchestrator-api.
-    parser.add_argument("--ports", type=int, nargs=4, default=(8500, 8001, 8002, 8003), help=argparse.SUPPRESS)
+    # For tests, which run beside a running demo: Consul, then every service in the order of its own port.
+    count = 1 + len(SERVICES)
+    parser.add_argument(
+        "--ports",
+        type=int,
+        nargs=count,
+        default=[8500, *(service.port for service in SERVICES)],
+        help=argparse.SUPPRESS,
+    )
     return parser.parse_args(arguments)
+
+
+def _ports(consul: int, *services: int) -> Ports:
+    return Ports(consul, {service.name: port for service, port in zip(SERVICES, services, strict=True)})
 
 
 def _run(ports: Ports, once: bool, console: Console) -> None:
@@ -86,13 +98,9 @@ def _wait_until_passing(system: System, live: Live) -> None:
 
 
 def _print_urls(ports: Ports, console: Console) -> None:
-    for name, url in (
-        ("research-api", f"http://localhost:{ports.research}/docs"),
-        ("backend-api", f"http://localhost:{ports.backend}/docs"),
-        ("orchestrator-api", f"http://localhost:{ports.orchestrator}/docs"),
-        ("Consul", f"http://localhost:{ports.consul}/ui"),
-    ):
-        console.print(f"{name:<17} {url}", soft_wrap=True)
+    for name, port in ports.services.items():
+        console.print(f"{name:<17} http://localhost:{port}/docs", soft_wrap=True)
+    console.print(f"{'Consul':<17} http://localhost:{ports.consul}/ui", soft_wrap=True)
 
 
 def _stay_until_interrupted(system: System, path: str, live: Live, console: Console) -> None:

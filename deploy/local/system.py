@@ -2,23 +2,19 @@
 
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rich.table import Table
 from rich.text import Text
 
-from processes import DemoError, Process, Processes, clean_environment, uvicorn_command
+from deploy.local.processes import DemoError, Process, Processes, clean_environment, uvicorn_command
+from deploy.services import SERVICES
 from registry import RegistryUnavailableError, ServiceRegistry
 from registry.testing.ports import free_ports, is_free
 
-__all__ = ["SERVICES", "Ports", "Row", "System"]
+__all__ = ["Ports", "Row", "System"]
 
-SERVICES = {
-    "research-api": "research.main:app",
-    "backend-api": "backend.main:app",
-    "orchestrator-api": "orchestrator.main:app",
-}
-"""Name → what uvicorn runs."""
 _COLOURS = {"passing": "green", "starting": "yellow", "warning": "yellow", "critical": "red"}
 
 
@@ -26,20 +22,14 @@ _COLOURS = {"passing": "green", "starting": "yellow", "warning": "yellow", "crit
 class Ports:
     """The ports that a user is told; the two more replicas of backend-api take free ones."""
 
-    consul: int = 8500
-    research: int = 8001
-    backend: int = 8002
-    orchestrator: int = 8003
+    consul: int
+    services: Mapping[str, int]
+    """A service's name → its port."""
 
     def check(self) -> None:
         """Raises: DemoError, naming every port that somebody else listens on."""
-        users = {
-            self.consul: "Consul",
-            self.research: "research-api",
-            self.backend: "backend-api",
-            self.orchestrator: "orchestrator-api",
-        }
-        taken = [f"port {port} ({user})" for port, user in users.items() if not is_free(port, socket.SOCK_STREAM)]
+        users = [(self.consul, "Consul"), *((port, name) for name, port in self.services.items())]
+        taken = [f"port {port} ({user})" for port, user in users if not is_free(port, socket.SOCK_STREAM)]
         if taken:
             raise DemoError(
                 f"The demo needs {', '.join(taken)}, which another program holds: stop that program, then try again."
@@ -73,12 +63,9 @@ class System:
 
     def start(self) -> None:
         """Starts every process at once; they register as soon as Consul is there."""
-        ports = [
-            ("orchestrator-api", self.ports.orchestrator),
-            ("research-api", self.ports.research),
-            *(("backend-api", port) for port in (self.ports.backend, *free_ports(2))),
-        ]
-        for service, port in ports:
+        starts = [(service, self.ports.services[service.name]) for service in SERVICES]
+        starts += [(service, port) for service in SERVICES if service.name == "backend-api" for port in free_ports(2)]
+        for service, port in starts:
             environment = clean_environment(
                 CONSUL_HTTP_ADDR=f"localhost:{self.ports.consul}",
                 SERVICE_PORT=str(port),
@@ -86,14 +73,14 @@ class System:
                 SERVICE_HEALTH_CHECK_INTERVAL="1",
                 DATABASE_URL=f"sqlite+aiosqlite:///{self.processes.directory}/backend.db",
             )
-            self.processes.start(service, uvicorn_command(SERVICES[service], port), port, environment)
+            self.processes.start(service.name, uvicorn_command(service.app, port), port, environment)
 
     def rows(self) -> list[Row]:
         """How every process stands, those of one service together."""
         known = {}
         try:
             for service in SERVICES:
-                for instance in self.registry.discover_service(service, passing=False):
+                for instance in self.registry.discover_service(service.name, passing=False):
                     health = self.registry.get_service_health(instance.id)
                     known[instance.port] = instance.id, health.status if health else "starting"
         except RegistryUnavailableError:

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from processes import DemoError
+from deploy.local.processes import DemoError
+from deploy.local.system import System
 from registry import RegistryError, ServiceDiscoveryClient
-from system import System
 
 __all__ = ["show_tour", "stay"]
 
@@ -35,7 +35,7 @@ async def show_tour(system: System, console: Console) -> str:
 
     Raises: DemoError, when a call fails.
     """
-    base_url = f"http://localhost:{system.ports.orchestrator}"
+    base_url = f"http://localhost:{system.ports.services['orchestrator-api']}"
     async with httpx.AsyncClient(base_url=base_url, timeout=10.0, trust_env=False) as front_door:
         *_, card = [await _post(front_door, "/api/publish", draft) for draft in _CARDS]
         enriched = await _post(front_door, "/api/enrich", {"text": card["text"]})

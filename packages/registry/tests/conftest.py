@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 
 from registry import ServiceRegistry
-from registry.testing import ConsulAgent
+from registry.testing.fixtures import ConsulAgent
 from registry.testing.server import Answer, RecordingServer, Request, Serve, recording_server
 
 

@@ -23,7 +23,7 @@ from registry import (
     StaticResolver,
 )
 from registry.model import Instance
-from registry.testing import ConsulAgent, Instances
+from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.ports import free_ports
 from registry.testing.server import Answer, RecordingServer, Request, Serve
 

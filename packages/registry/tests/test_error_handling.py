@@ -22,8 +22,8 @@ from registry import (
     ServiceNotFoundError,
     ServiceRegistry,
 )
-from registry.testing import ConsulAgent
 from registry.testing.agent import running_agent
+from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
 from registry.testing.server import Answer, RecordingServer, Serve, recording_server
 

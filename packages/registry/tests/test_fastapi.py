@@ -13,8 +13,8 @@ from fastapi import FastAPI, Request
 
 from registry import ConsulSettings, Registrar, ServiceDiscoveryClient, ServiceSettings
 from registry.fastapi import DiscoveryClient, RegistryMiddleware, health_router, lifespan
-from registry.testing import ConsulAgent, Instances
 from registry.testing.command import found, wait_until
+from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.ports import free_ports
 
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from registry import ConsulSettings, Registrar, ServiceRegistry, ServiceSettings
-from registry.testing import ConsulAgent, Instances
 from registry.testing.command import ServiceProcess, found, running_service, wait_until
+from registry.testing.fixtures import ConsulAgent, Instances
 
 Start = Callable[..., ServiceProcess]
 

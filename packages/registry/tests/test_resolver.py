@@ -26,8 +26,8 @@ from registry import (
     ServiceNotFoundError,
     ServiceRegistry,
 )
-from registry.testing import ConsulAgent, Instances
 from registry.testing.agent import running_agent
+from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.server import Answer, Request, Serve
 
 

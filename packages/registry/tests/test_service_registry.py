@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from registry import Instance, ServiceHealth, ServiceRegistry
-from registry.testing import ConsulAgent
+from registry.testing.fixtures import ConsulAgent
 from registry.testing.server import Answer, Request, Serve
 
 SECOND = 1_000_000_000  # Consul counts nanoseconds

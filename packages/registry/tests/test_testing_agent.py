@@ -15,8 +15,9 @@ import httpx
 import psutil
 import pytest
 
-from registry.testing import ConsulAgent, binary
+from registry.testing import binary
 from registry.testing.agent import ConsulNotFoundError, ConsulStartError, find_consul, running_agent
+from registry.testing.fixtures import ConsulAgent
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:

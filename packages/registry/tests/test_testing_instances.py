@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from registry import ServiceRegistry
-from registry.testing import ConsulAgent, Instances
 from registry.testing.command import wait_until
+from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.instances import Mode, received, running_instance, running_instances
 
 

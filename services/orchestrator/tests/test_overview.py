@@ -13,7 +13,7 @@ from orchestrator.main import create_app
 from orchestrator.settings import Settings
 from orchestrator.topology import complaint
 from registry import ConsulSettings, ServiceDiscoveryClient, ServiceRegistry
-from registry.testing import ConsulAgent
+from registry.testing.fixtures import ConsulAgent
 
 Start: TypeAlias = Callable[[ConsulAgent], Awaitable[httpx.AsyncClient]]
 HEALTHY = {"status": "healthy", "components": {}}

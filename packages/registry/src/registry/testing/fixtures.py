@@ -1,0 +1,59 @@
+"""Pytest fixtures with a real Consul agent behind them: `pytest_plugins = ["registry.testing.fixtures"]`."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol, Unpack
+
+import pytest
+
+from registry.testing.agent import ConsulAgent, find_consul, running_agent
+from registry.testing.instances import Options, RunningInstance, running_instances
+
+__all__ = [
+    "ConsulAgent",
+    "Instances",
+    "RunningInstance",
+    "consul_agent",
+    "consul_binary",
+    "instances",
+    "private_consul_agent",
+]
+
+
+class Instances(Protocol):
+    """The type of the fixture `instances`."""
+
+    def __call__(self, service: str, count: int = 1, **options: Unpack[Options]) -> list[RunningInstance]: ...
+
+
+@pytest.fixture(scope="session")
+def consul_binary(request: pytest.FixtureRequest) -> Path:
+    """The Consul binary that agents run; when it must be built, progress shows despite capture."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        return find_consul()
+
+
+@pytest.fixture(scope="session")
+def consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
+    """One agent shared by all tests of the session: use names of your own, leave it running."""
+    with running_agent(binary=consul_binary) as agent:
+        yield agent
+
+
+@pytest.fixture
+def private_consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
+    """An agent of this test alone, to kill, pause and restart."""
+    with running_agent(binary=consul_binary) as agent:
+        yield agent
+
+
+@pytest.fixture
+def instances() -> Iterator[Instances]:
+    """Starts instances that end with the test: ``one, two = instances("my-service", 2, consul=consul_agent)``."""
+    with ExitStack() as stack:
+
+        def start(service: str, count: int = 1, **options: Unpack[Options]) -> list[RunningInstance]:
+            return stack.enter_context(running_instances(service, count, **options))
+
+        yield start
