@@ -266,7 +266,7 @@ async def test_the_openapi_page_helps_a_newcomer(start: Start) -> None:
     """Every route says what it does and how it fails."""
     page = (await (await start(answers(200))).get("/openapi.json")).json()
     api = {path: methods for path, methods in page["paths"].items() if path.startswith("/api/")}
-    assert set(api) == {"/api/enrich", "/api/publish", "/api/topology", "/api/health"}
+    assert set(api) == {"/api/enrich", "/api/publish", "/api/topology", "/api/health", "/api/health/{service}"}
     for methods in api.values():
         for operation in methods.values():
             assert operation["description"]

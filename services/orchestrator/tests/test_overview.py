@@ -38,7 +38,7 @@ async def start() -> AsyncIterator[Start]:
 
 
 @contextmanager
-def service(status: int, body: dict[str, Any]) -> Iterator[int]:
+def service(status: int, body: dict[str, Any], instance: str | None = None) -> Iterator[int]:
     """A real HTTP server that answers everything alike; its port."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -46,6 +46,8 @@ def service(status: int, body: dict[str, Any]) -> Iterator[int]:
             content = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
+            if instance:
+                self.send_header("X-Service-Instance", instance)
             self.end_headers()
             self.wfile.write(content)
 
@@ -136,10 +138,32 @@ async def test_health_says_which_instance_and_component_is_sick(
         "status": "degraded",
         "words": "backend-api works; instances that pass their checks: 1 of 2; "
         f"backend-api-127.0.0.1-{bad}: database is unhealthy (OperationalError)",
+        "instance": None,
     }
     assert research["status"] == "unhealthy"
     assert research["words"] == "research-api has no healthy instance: try again in a moment; none is registered"
     assert answer.json()["words"] == f"{backend['words']}; {research['words']}"
+
+
+async def test_any_registered_service_is_called_by_name(private_consul_agent: ConsulAgent, start: Start) -> None:
+    """A service that this one was never told of is asked by name: 200 or 503; a name that nobody has is 404."""
+    front = await start(private_consul_agent)
+    with service(200, HEALTHY, instance="billing-1") as good:
+        await register(private_consul_agent, "billing-api", good, "passing")
+        answer = await front.get("/api/health/billing-api")
+    assert (answer.status_code, answer.json()) == (
+        200,
+        {
+            "service": "billing-api",
+            "status": "healthy",
+            "words": "billing-api works; instances that pass their checks: 1 of 1",
+            "instance": "billing-1",
+        },
+    )
+    gone = await front.get("/api/health/billing-api")
+    assert (gone.status_code, gone.json()["status"], gone.json()["instance"]) == (503, "unhealthy", None)
+    unknown = await front.get("/api/health/nobody-api")
+    assert (unknown.status_code, unknown.json()) == (404, {"detail": "Nobody has registered 'nobody-api'"})
 
 
 async def test_health_tells_what_the_call_met_before_consul_noticed(

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ValidationError
 from backend.schemas import Suggestion
 from registry import RegistryError, ServiceDiscoveryClient
 
+UPSTREAMS = ("research-api",)
+
 
 class ResearchUnavailableError(Exception):
     """research-api gave no usable answer in time."""

@@ -1,10 +1,10 @@
-"""backend-api: cards in a real database. Run it: ``uvicorn backend.main:app --port 8002``."""
+"""The program of backend-api: ``uvicorn backend.main:app --port 8002``."""
 
 from fastapi import FastAPI
 
+from backend import clients, routes
 from backend.database import Database
 from backend.errors import add_error_handlers
-from backend.routes import router
 from backend.settings import Settings
 from registry.fastapi import RegistryMiddleware, health_router, lifespan
 
@@ -13,15 +13,14 @@ def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
     database = Database(settings.database_url, settings.database_timeout)
     app = FastAPI(
-        title="backend-api",
-        summary="Cards in a real database",
-        lifespan=lifespan(settings, upstreams=["research-api"], inner=database.lifespan),
+        title=settings.name, lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=database.lifespan)
     )
-    app.state.settings, app.state.database = settings, database
+    app.state.settings = settings
+    app.state.database = database
     app.add_middleware(RegistryMiddleware)
     add_error_handlers(app)
     app.include_router(health_router(database=database.ping))
-    app.include_router(router)
+    app.include_router(routes.router)
     return app
 
 

@@ -6,7 +6,7 @@ from registry import ServiceSettings
 
 
 class Settings(ServiceSettings):
-    """Settings of backend-api, read from the environment; every one has a default that runs on a laptop."""
+    """Settings of backend-api, read from the environment."""
 
     name: str = "backend-api"
     port: int = 8002

@@ -15,37 +15,38 @@ from orchestrator.topology import complaint, read_complaints, read_standing
 
 async def report_health(client: ServiceDiscoveryClient, registry: ServiceRegistry, timeout: float) -> HealthReport:
     """Ask every upstream, side by side; each takes at most about ``timeout`` seconds. Raises nothing."""
-    services = await asyncio.gather(*(_upstream(client, registry, service, timeout) for service in UPSTREAMS))
+    services = await asyncio.gather(*(report_service(client, registry, service, timeout) for service in UPSTREAMS))
     statuses = {upstream.status for upstream in services}
     worst: Status = "unhealthy" if "unhealthy" in statuses else "degraded" if "degraded" in statuses else "healthy"
     troubled = [upstream.words for upstream in services if upstream.status != "healthy"]
     return HealthReport(status=worst, words="; ".join(troubled) or "Everything works", services=services)
 
 
-async def _upstream(
+async def report_service(
     client: ServiceDiscoveryClient, registry: ServiceRegistry, service: str, timeout: float
 ) -> UpstreamHealth:
-    trouble, (failing, checks) = await asyncio.gather(
-        _trouble(client, service, timeout),
+    """Ask one service by name; takes at most about ``timeout`` seconds. Raises nothing."""
+    (instance, trouble), (failing, checks) = await asyncio.gather(
+        _call(client, service, timeout),
         anyio.to_thread.run_sync(partial(_checks, registry, service)),
     )
-    if trouble:
-        return UpstreamHealth(service=service, status="unhealthy", words=f"{trouble}; {checks}")
-    status: Status = "degraded" if failing else "healthy"
-    return UpstreamHealth(service=service, status=status, words=f"{service} works; {checks}")
+    status: Status = "unhealthy" if trouble else "degraded" if failing else "healthy"
+    words = f"{trouble or f'{service} works'}; {checks}"
+    return UpstreamHealth(service=service, status=status, words=words, instance=instance)
 
 
-async def _trouble(client: ServiceDiscoveryClient, service: str, timeout: float) -> str | None:
-    """What a call by name meets; None: it is answered, and healthy."""
+async def _call(client: ServiceDiscoveryClient, service: str, timeout: float) -> tuple[str | None, str | None]:
+    """Who answers a call by name, and what is wrong; nothing: it is answered, and healthy."""
     try:
         async with asyncio.timeout(timeout):
-            await client.get(service, "/health", timeout=timeout / 2)
+            answer = await client.get(service, "/health", timeout=timeout / 2)
     except (RegistryError, httpx.HTTPError, TimeoutError) as error:
         _, words = status_and_words(UpstreamError(service, error))
         if isinstance(error, httpx.HTTPStatusError):
             words += f": {complaint(error.response.text)}"
-        return words
-    return None
+            return error.response.headers.get("X-Service-Instance"), words
+        return None, words
+    return answer.headers.get("X-Service-Instance"), None
 
 
 def _checks(registry: ServiceRegistry, service: str) -> tuple[bool, str]:

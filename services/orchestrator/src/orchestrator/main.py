@@ -1,14 +1,13 @@
-"""orchestrator-api: the front door. Run it: ``uvicorn orchestrator.main:app --port 8003``."""
+"""The program of orchestrator-api: ``uvicorn orchestrator.main:app --port 8003``."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from orchestrator.clients import UPSTREAMS
+from orchestrator import clients, routes
 from orchestrator.errors import add_error_handlers
 from orchestrator.registry import ConsulSettings, ServiceRegistry
-from orchestrator.routes import router
 from orchestrator.settings import Settings
 from registry.fastapi import RegistryMiddleware, health_router, lifespan
 
@@ -22,16 +21,12 @@ async def open_registry(app: FastAPI) -> AsyncIterator[None]:
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
-    app = FastAPI(
-        title="orchestrator-api",
-        summary="The front door",
-        lifespan=lifespan(settings, upstreams=UPSTREAMS, inner=open_registry),
-    )
+    app = FastAPI(title=settings.name, lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=open_registry))
     app.state.settings = settings
     app.add_middleware(RegistryMiddleware)
     add_error_handlers(app)
     app.include_router(health_router())
-    app.include_router(router)
+    app.include_router(routes.router)
     return app
 
 

@@ -4,10 +4,10 @@ import uuid
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request, Response
 
 from orchestrator.clients import Answer, BackendClient, ResearchClient
-from orchestrator.health import report_health
+from orchestrator.health import report_health, report_service
 from orchestrator.registry import ServiceRegistry
 from orchestrator.schemas import (
     Enrichment,
@@ -17,6 +17,7 @@ from orchestrator.schemas import (
     PublishedCard,
     PublishRequest,
     Topology,
+    UpstreamHealth,
 )
 from orchestrator.topology import read_topology
 from registry.fastapi import DiscoveryClient
@@ -108,6 +109,31 @@ async def upstream_health(
 ) -> HealthReport:
     """How the services behind the front door are, in words. The front door's own health is at `/health`."""
     report = await report_health(client, registry, request.app.state.settings.health_timeout)
+    if report.status == "unhealthy":
+        response.status_code = 503
+    return report
+
+
+@router.get(
+    "/health/{service}",
+    tags=["overview"],
+    responses={
+        404: {"model": Problem, "description": "Nobody has registered that name."},
+        503: {"model": UpstreamHealth, "description": "It does not work; the body says why."},
+    },
+)
+async def service_health(
+    service: Annotated[str, Path(max_length=63, examples=["backend-api"])],
+    request: Request,
+    client: DiscoveryClient,
+    registry: Registry,
+    response: Response,
+) -> UpstreamHealth:
+    """How any registered service is: what a call by name meets, and what Consul's checks say."""
+    # Asked first, because the client goes on watching every name that it has once called.
+    if service not in await anyio.to_thread.run_sync(registry.discover_all_services):
+        raise HTTPException(404, f"Nobody has registered {service!r}")
+    report = await report_service(client, registry, service, request.app.state.settings.health_timeout)
     if report.status == "unhealthy":
         response.status_code = 503
     return report

@@ -103,6 +103,7 @@ class UpstreamHealth(BaseModel):
     service: str = Field(examples=["backend-api"])
     status: Status = Field(description="degraded: it works, but an instance does not.")
     words: str = Field(examples=["backend-api works; instances that pass their checks: 3 of 3"])
+    instance: str | None = Field(description="Who answered, if anybody.", examples=["backend-api-10.0.0.7-8002"])
 
 
 class HealthReport(BaseModel):

@@ -5,6 +5,8 @@ from pydantic import BaseModel, ValidationError
 
 from registry import RegistryError, ServiceDiscoveryClient
 
+UPSTREAMS = ("backend-api",)
+
 
 class BackendUnavailableError(Exception):
     """backend-api gave no usable answer."""
