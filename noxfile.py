@@ -14,11 +14,6 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 
 ROOT = Path(__file__).parent
 LOCK = "requirements.lock"
-MEMBERS = sorted(
-    path.parent.relative_to(ROOT).as_posix()
-    for folder in ("packages", "services")
-    for path in ROOT.glob(f"{folder}/*/pyproject.toml")
-)
 TYPED = ["packages", "services", "deploy", "benchmarks", "tests", "conftest.py", "noxfile.py"]
 
 
@@ -81,15 +76,31 @@ def images(session: nox.Session) -> None:
     session.run("python", "-m", "deploy.compose.images")
 
 
+@nox.session(name="new-service")
+def new_service(session: nox.Session) -> None:
+    """Make the next service from templates/service and wire it in: `-- billing 8004`."""
+    install(session)
+    before = members()
+    session.run("python", "-m", "deploy.new_service", *session.posargs)
+    if members() != before:
+        compile_lock_anywhere(session, LOCK)
+
+
 @nox.session(venv_backend="none")
 def lock(session: nox.Session) -> None:
     """Bring requirements.lock in line with the pyprojects; `-- --upgrade` takes the newest releases."""
     compile_lock(session, LOCK, *session.posargs)
 
 
+def members() -> list[str]:
+    """The folders of the workspace's members."""
+    found = (path for folder in ("packages", "services") for path in ROOT.glob(f"{folder}/*/pyproject.toml"))
+    return sorted(path.parent.relative_to(ROOT).as_posix() for path in found)
+
+
 def install(session: nox.Session) -> None:
     """Install what is locked and the workspace itself, unless this environment has exactly that already."""
-    sources = [LOCK, "pyproject.toml", *(f"{member}/pyproject.toml" for member in MEMBERS)]
+    sources = [LOCK, "pyproject.toml", *(f"{member}/pyproject.toml" for member in members())]
     wanted = hashlib.sha256(b"\0".join((ROOT / source).read_bytes() for source in sources)).hexdigest()
     stamp = Path(session.virtualenv.location, "installed.sha256")
     if stamp.exists() and stamp.read_text() == wanted:
@@ -97,7 +108,7 @@ def install(session: nox.Session) -> None:
     stamp.unlink(missing_ok=True)
     # A sync, not an install: a reused environment must not keep what the lock dropped.
     session.run("uv", "pip", "sync", "--require-hashes", LOCK)
-    session.install("--no-deps", *(part for member in MEMBERS for part in ("-e", member)))
+    session.install("--no-deps", *(part for member in members() for part in ("-e", member)))
     stamp.write_text(wanted)
 
 
@@ -107,7 +118,7 @@ def compile_lock(session: nox.Session, output: str, *options: str) -> None:
         *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"),
         *("--no-emit-index-url", "--no-emit-find-links", "--no-emit-package", "registry"),
         *("--custom-compile-command", "python3 -m nox -s lock"),
-        *("--all-extras", "--group", "dev", *(f"{member}/pyproject.toml" for member in MEMBERS)),
+        *("--all-extras", "--group", "dev", *(f"{member}/pyproject.toml" for member in members())),
         *("--output-file", output, *options),
         external=True,
         # The environment of whoever runs this must not leak an index or a constraint into the lock.
@@ -115,15 +126,20 @@ def compile_lock(session: nox.Session, output: str, *options: str) -> None:
     )
 
 
+def compile_lock_anywhere(session: nox.Session, output: str) -> None:
+    """Resolve from the network, else from what uv's cache holds."""
+    try:
+        compile_lock(session, output)
+    except nox.command.CommandFailed:
+        session.warn("Resolving failed; trying once more with what uv's cache holds, without the network.")
+        compile_lock(session, output, "--offline")
+
+
 def check_lock(session: nox.Session) -> None:
     """Compile again from the present lock: a difference means that a pyproject has moved on without it."""
     present = (ROOT / LOCK).read_text()
     again = Path(session.create_tmp(), LOCK)
     again.write_text(present)
-    try:
-        compile_lock(session, str(again))
-    except nox.command.CommandFailed:
-        session.warn("Resolving failed; trying once more with what uv's cache holds, without the network.")
-        compile_lock(session, str(again), "--offline")
+    compile_lock_anywhere(session, str(again))
     if again.read_text() != present:
         session.error(f"{LOCK} is out of date: run `python3 -m nox -s lock` and commit it.")

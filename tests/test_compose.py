@@ -17,7 +17,7 @@ COMPOSE = ROOT / "deploy/compose"
 TEXT = (COMPOSE / "docker-compose.yml").read_text()
 DEFINITION: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = DEFINITION["services"]
-OURS = {service.folder: service.port for service in TABLE}
+OURS = {service.folder: service for service in TABLE}
 HAPROXY = (COMPOSE / "haproxy.cfg").read_text()
 
 
@@ -34,7 +34,8 @@ def seconds(duration: str) -> float:
 def test_the_services_are_the_ones_meant() -> None:
     """The stack is Consul, Postgres, the edge and exactly the services of this repository."""
     assert SERVICES.keys() == {"consul", "postgres", "edge", *OURS}
-    assert {"backend": 8002, "research": 8001, "orchestrator": 8003}.items() <= OURS.items()
+    ports = {folder: service.port for folder, service in OURS.items()}
+    assert {"backend": 8002, "research": 8001, "orchestrator": 8003}.items() <= ports.items()
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -127,15 +128,16 @@ def test_old_compose_accepts_the_keys() -> None:
     assert not [line for line in ignored if line.startswith("!") and "*" in line]
 
 
-@pytest.mark.parametrize(("name", "port"), OURS.items())
-def test_a_service_is_built_and_published_under_its_own_port(name: str, port: int) -> None:
+@pytest.mark.parametrize("folder", OURS)
+def test_a_service_is_built_and_published_under_its_own_port(folder: str) -> None:
     """A service's port is the same in its image, behind the edge, and in front of it."""
-    arguments = SERVICES[name]["build"]["args"]
-    assert f"SERVICE={name}" in arguments
+    name, port = OURS[folder].name, OURS[folder].port
+    arguments = SERVICES[folder]["build"]["args"]
+    assert f"SERVICE={folder}" in arguments
     assert f"PORT={port}" in arguments
     assert [mapping for mapping in SERVICES["edge"]["ports"] if mapping.endswith(f":-{port}}}:{port}")]
-    assert re.search(rf"frontend {name}\n    bind :{port}\n(.*\n)+?    default_backend {name}-api\n", HAPROXY)
-    assert re.search(rf"backend {name}-api\n(.*\n)*?    server-template {name} 1-\d+ _{name}-api\._tcp\.", HAPROXY)
+    assert re.search(rf"frontend {folder}\n    bind :{port}\n(.*\n)+?    default_backend {name}\n", HAPROXY)
+    assert re.search(rf"backend {name}\n(.*\n)*?    server-template {folder} 1-\d+ _{name}\._tcp\.", HAPROXY)
 
 
 def test_the_edge_has_the_settings_that_were_measured() -> None:

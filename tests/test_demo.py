@@ -15,15 +15,18 @@ import httpx
 import psutil
 import pytest
 
+from deploy.services import SERVICES
 from registry.testing.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
+BACKEND = 1 + [service.name for service in SERVICES].index("backend-api")
+"""Its place among the ports."""
 
 
 @pytest.fixture
 def ports() -> list[int]:
-    """Free ports for Consul, research-api, backend-api and orchestrator-api, so that a demo may run beside."""
-    return free_ports(4)
+    """Free ports for Consul and every service of the table, so that a demo may run beside."""
+    return free_ports(1 + len(SERVICES))
 
 
 @pytest.fixture
@@ -102,28 +105,30 @@ def test_once_shows_the_tour_and_leaves_nothing(ports: list[int], temporary: Pat
     with demo("--once", ports=ports, temporary=temporary, consul=consul_binary) as process:
         output, errors = process.communicate(timeout=90)
         assert process.returncode == 0, output + errors
-    consul, research, backend, orchestrator = ports
+    consul, *services = ports
     assert re.search(r"card\W+\d+: Calling a service by name", output)
     assert re.search(r"suggested when published\W+tag 'consul'", output)
     assert re.search(r"POST /api/enrich says\W+tag 'discovery'", output)
     answered = re.findall(r"│ (\d+) +│ (backend-api-127\.0\.0\.1-\d+) +│$", output, re.MULTILINE)
     assert [int(number) for number, _ in answered] == list(range(1, 11))
     assert len({instance for _, instance in answered}) == 3
-    for port in (research, backend, orchestrator):
+    for name in {service.name for service in SERVICES} - {"orchestrator-api"}:
+        assert re.search(rf"│ {name} +│ {name}-127\.0\.0\.1-\d+ +│ healthy +│", output), "called by name"
+    for port in services:
         assert f"http://localhost:{port}/docs" in output
     assert f"http://localhost:{consul}/ui" in output
-    assert output.count(" passing ") == 5
+    assert output.count(" passing ") == len(SERVICES) + 2
     assert left_running(temporary) == []
     assert list(temporary.iterdir()) == []
 
 
 def test_taken_ports_are_named_before_anything_starts(ports: list[int], temporary: Path, consul_binary: Path) -> None:
     """Ports that somebody else holds are all named in one sentence, and nothing was started for it."""
-    with socket.create_server(("127.0.0.1", ports[0])), socket.create_server(("127.0.0.1", ports[2])):
+    with socket.create_server(("127.0.0.1", ports[0])), socket.create_server(("127.0.0.1", ports[BACKEND])):
         with demo("--once", ports=ports, temporary=temporary, consul=consul_binary) as process:
             output, errors = process.communicate(timeout=30)
         assert process.returncode == 1
-    assert f"port {ports[0]} (Consul), port {ports[2]} (backend-api), which another program holds" in errors
+    assert f"port {ports[0]} (Consul), port {ports[BACKEND]} (backend-api), which another program holds" in errors
     assert output == ""
     assert list(temporary.iterdir()) == []
 
@@ -149,10 +154,12 @@ def test_up_until_ctrl_c(ports: list[int], temporary: Path, consul_binary: Path)
             assert httpx.get(f"http://localhost:{port}/health").json()["status"] == "healthy"
             assert httpx.get(f"http://localhost:{port}/docs").is_success
         assert "Consul" in httpx.get(f"http://localhost:{ports[0]}/ui/").text
-        served = ["backend.main:app", "--port", str(ports[2])]
+        served = ["backend.main:app", "--port", str(ports[BACKEND])]
         [backend] = [found for found in processes_of(temporary) if found.cmdline()[-3:] == served]
         backend.kill()
-        survivors = [log for log in temporary.glob("*/backend-api-*.log") if log.stem != f"backend-api-{ports[2]}"]
+        survivors = [
+            log for log in temporary.glob("*/backend-api-*.log") if log.stem != f"backend-api-{ports[BACKEND]}"
+        ]
         answered = calls_in(survivors)
         wait_until(lambda: calls_in(survivors) >= answered + 6)
         process.send_signal(signal.SIGINT)

@@ -9,7 +9,8 @@ In a page, blocks run in order, against a Consul agent of the page's own. What a
 - ```` ```bash background ````: each line starts a server, which must answer ``/health`` and, if it registers itself,
   be passing in Consul; the servers stop when the page ends.
 
-Ports (8500 and 80xx) are replaced by free ones, so that this runs beside a running demo; nothing else is.
+Ports (8500, 800x and those of the services) are replaced by free ones, so that this runs beside a running demo;
+nothing else is.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deploy.services import SERVICES
 from registry import ServiceRegistry
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
@@ -36,7 +38,7 @@ from registry.testing.ports import free_ports
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("services/*/README.md")])
 _FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_DOCUMENTED_PORTS = [8500, *range(8000, 8010)]
+_DOCUMENTED_PORTS = sorted({8500, *range(8000, 8010), *(service.port for service in SERVICES)})
 
 
 def name_of(page: Path) -> str:
@@ -79,13 +81,13 @@ class Session:
 
     def __post_init__(self) -> None:
         # Sorted, so that what is sorted by port in the documentation stays so.
-        ports = dict(zip(sorted(_DOCUMENTED_PORTS[1:]), sorted(free_ports(len(_DOCUMENTED_PORTS) - 1)), strict=True))
-        self.ports = {str(documented): str(real) for documented, real in ports.items()}
+        ports = zip(_DOCUMENTED_PORTS, sorted(free_ports(len(_DOCUMENTED_PORTS))), strict=True)
+        self.ports = {str(documented): str(real) for documented, real in ports}
         self.ports["8500"] = str(self.agent.http_port)
 
     def run(self, block: Block) -> None:
         """Does what the block is there for."""
-        code = re.sub(r"\b(8500|800\d)\b", lambda found: self.ports[found[1]], block.code)
+        code = re.sub(rf"\b({'|'.join(self.ports)})\b", lambda found: self.ports[found[1]], block.code)
         match block.language, block.options.partition("=")[::2]:
             case "python", ("", ""):
                 self._run_python(code, block.line)

@@ -1,6 +1,7 @@
 """The documentation's tables match the code, and its links lead somewhere."""
 
 import ast
+import importlib
 import inspect
 import re
 import tomllib
@@ -10,13 +11,11 @@ from typing import Any
 import pytest
 from pydantic import AliasChoices
 
-import backend.settings
-import orchestrator.settings
 import registry
 import registry.fastapi
 import registry.settings
 import registry.testing.binary
-import research.settings
+from deploy.services import SERVICES
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
 
 ROOT = Path(__file__).parents[1]
@@ -64,16 +63,24 @@ def service_variables(settings: type[ServiceSettings], inherited: type[ServiceSe
 
 
 def test_service_variables_are_documented() -> None:
-    """Every variable that a settings class reads stands in the table with its default, and no other."""
-    expected = {
-        "every service": service_variables(ServiceSettings, None),
-        "backend-api": service_variables(backend.settings.Settings, ServiceSettings),
-        "research-api": service_variables(research.settings.Settings, ServiceSettings),
-        "orchestrator-api": service_variables(orchestrator.settings.Settings, ServiceSettings),
+    """Every variable that a settings class reads stands in the table with its default, and no other.
+
+    A service's own variables may stand in its own README instead.
+    """
+    expected = {(name, "every service"): default for name, default in service_variables(ServiceSettings, None).items()}
+    documented = {
+        (name, who): default
+        for name, (default, who) in documented_variables().items()
+        if not name.startswith("CONSUL_")
     }
-    flat = {variable: (default, who) for who, found in expected.items() for variable, default in found.items()}
-    documented = {name: row for name, row in documented_variables().items() if not name.startswith("CONSUL_")}
-    assert documented == flat
+    for service in SERVICES:
+        settings = importlib.import_module(f"{service.folder}.settings").Settings
+        own = service_variables(settings, ServiceSettings)
+        expected |= {(name, service.name): default for name, default in own.items()}
+        page = (ROOT / "services" / service.folder / "README.md").read_text()
+        rows = re.findall(r"^\| `([A-Z_]+)` \| .* \| (.*) \|$", page, re.MULTILINE)
+        documented |= {(name, service.name): default for name, default in rows}
+    assert documented == expected
 
 
 def test_consul_variables_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,15 +31,23 @@ _PAUSE = 0.5
 
 
 async def show_tour(system: System, console: Console) -> str:
-    """Publishes and enriches a card through orchestrator-api, calls backend-api ten times by name; the card's path.
+    """Publishes and enriches a card through orchestrator-api, which then calls every other service by name; calls
+    backend-api ten times by name; the card's path.
 
     Raises: DemoError, when a call fails.
     """
     base_url = f"http://localhost:{system.ports.services['orchestrator-api']}"
     async with httpx.AsyncClient(base_url=base_url, timeout=10.0, trust_env=False) as front_door:
-        *_, card = [await _post(front_door, "/api/publish", draft) for draft in _CARDS]
-        enriched = await _post(front_door, "/api/enrich", {"text": card["text"]})
+        *_, card = [await _ask(front_door, "POST", "/api/publish", draft) for draft in _CARDS]
+        enriched = await _ask(front_door, "POST", "/api/enrich", {"text": card["text"]})
+        called = Table(
+            "service", "answered by", "is", title="Called by name from orchestrator-api", title_justify="left"
+        )
+        for name in sorted(system.ports.services.keys() - {"orchestrator-api"}):
+            health = await _ask(front_door, "GET", f"/api/health/{name}")
+            called.add_row(name, health["instance"], health["status"])
     console.print(_card_table(card, enriched))
+    console.print(called)
     path = f"/api/cards/{card['id']}"
     calls = Table("call", "answered by", title="Ten calls by name", title_justify="left")
     async with ServiceDiscoveryClient(system.registry, policy="round_robin") as client:
@@ -74,12 +82,12 @@ async def _call(client: ServiceDiscoveryClient, path: str, system: System) -> st
     return instance
 
 
-async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
+async def _ask(client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> dict[str, Any]:
     try:
-        answer = await client.post(path, json=body)
+        answer = await client.request(method, path, json=body)
         answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise DemoError(f"POST {path} through orchestrator-api failed: {error!r}") from error
+        raise DemoError(f"{method} {path} of orchestrator-api failed: {error!r}") from error
     found: dict[str, Any] = answer.json()
     return found
 

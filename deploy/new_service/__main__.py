@@ -1,0 +1,62 @@
+"""`nox -s new-service -- billing 8004`: the next service, from templates/service, wired in everywhere."""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.new_service.request import Request, RequestError, check
+from deploy.services import ROOT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the service; returns the exit code. What can't be made is refused before anything is written."""
+    parser = argparse.ArgumentParser(prog="nox -s new-service --", description=__doc__)
+    parser.add_argument("name", help="what it is called by, without -api: billing")
+    parser.add_argument("port", help="where it listens, and where the edge publishes it: 8004")
+    parser.add_argument(
+        "--calls", default="backend-api", help="the service that its example calls (default: backend-api)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        request = check(options.name, options.port, options.calls)
+    except RequestError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    _add(request)
+    sys.stdout.write(
+        f"services/{request.package} is {request.name}-api on port {request.port}, and wired in.\n"
+        f"Its tests: python3 -m nox -s tests -- services/{request.package}\n"
+        "All of it: python3 -m nox -s demo -- --once\n"
+    )
+    return 0
+
+
+def _add(request: Request) -> None:
+    # Not at the top: a request that is refused need not wait for copier.
+    from deploy.new_service.render import answers, format_code, render
+    from deploy.new_service.wiring import wire
+
+    folder = ROOT / "services" / request.package
+    with tempfile.TemporaryDirectory() as name:
+        rendered = Path(name)
+        render("service", rendered / "service", answers(request))
+        render("wiring", rendered / "wiring", answers(request))
+        edited = wire({path.name: path.read_text() for path in (rendered / "wiring").iterdir()})
+        before = {path: path.read_text() for path in edited}
+        try:
+            shutil.copytree(rendered / "service", folder)
+            for path, text in edited.items():
+                path.write_text(text)
+            format_code(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            for path, text in before.items():
+                path.write_text(text)
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

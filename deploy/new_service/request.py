@@ -1,0 +1,100 @@
+"""What is asked for, checked before anything is written: a name and a port that nobody has yet."""
+
+import importlib.util
+import keyword
+import re
+import sys
+from dataclasses import dataclass
+
+from deploy.services import ROOT, SERVICES
+
+__all__ = ["Request", "RequestError", "check"]
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_LONGEST = 24
+_STANDARD_PORTS = {5432: "Postgres", 8404: "the edge"} | dict.fromkeys(
+    [*range(8300, 8303), *range(8500, 8504), 8600], "Consul"
+)
+_COMPOSE = "deploy/compose/docker-compose.yml"
+
+
+class RequestError(Exception):
+    """It can't be made; the message says why, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A service to make: ``billing`` becomes billing-api."""
+
+    name: str
+    port: int
+    calls: str
+    """The service that its example calls."""
+
+    @property
+    def package(self) -> str:
+        """Its folder, its import package and its name in docker-compose.yml."""
+        return self.name.replace("-", "_")
+
+
+def check(name: str, port: str, calls: str) -> Request:
+    """The request, when this repository has room for it. Reads only. Raises: RequestError."""
+    _check_name(name)
+    request = Request(name, _port(port), calls)
+    compose = (ROOT / _COMPOSE).read_text()
+    _check_not_taken(request, compose)
+    _check_importable(request)
+    taken = _STANDARD_PORTS | _ports(compose) | {service.port: service.name for service in SERVICES}
+    if request.port in taken:
+        raise RequestError(f"Port {port} is taken: {taken[request.port]} has it.")
+    known = [service.name for service in SERVICES]
+    if calls not in known:
+        raise RequestError(f"There is no service {calls!r} to call: choose one of {', '.join(known)}.")
+    return request
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST:
+        raise RequestError(
+            f"{name!r} is no name for a service: use lower-case letters, digits and inner hyphens, "
+            f"a letter first, at most {_LONGEST} characters."
+        )
+    if name == "api" or name.endswith("-api"):
+        raise RequestError(f"{name!r} is no name for a service: leave out -api, it is added.")
+
+
+def _port(port: str) -> int:
+    number = int(port) if port.isascii() and port.isdecimal() and len(port) <= 5 else 0
+    if not 1024 <= number <= 65535:
+        raise RequestError(f"{port!r} is no port for a service: choose a number from 1024 to 65535.")
+    return number
+
+
+def _check_not_taken(request: Request, compose: str) -> None:
+    name, package = request.name, request.package
+    if (ROOT / "services" / package).exists():
+        raise RequestError(f"The name {name!r} is taken: there is services/{package}.")
+    # Networks, volumes and YAML anchors are none of its business, but a little strictness costs nobody a good name.
+    if re.search(rf"^  {package}:", compose, re.MULTILINE) or f"{package.upper()}_PORT:" in compose:
+        raise RequestError(f"The name {name!r} is taken: {_COMPOSE} has it.")
+
+
+def _check_importable(request: Request) -> None:
+    """Its package must shadow no module, and no module its package."""
+    name, package = request.name, request.package
+    if keyword.iskeyword(package) or keyword.issoftkeyword(package):
+        raise RequestError(f"The name {name!r} is reserved: it is a word of Python itself.")
+    if package in sys.stdlib_module_names:
+        raise RequestError(f"The name {name!r} is reserved: Python's standard library has a module {package}.")
+    ours = {path.stem for path in ROOT.iterdir()} | {path.name for path in ROOT.glob("packages/*/src/*")}
+    locked = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    if package in ours or name in locked or importlib.util.find_spec(package):
+        raise RequestError(f"The name {name!r} is taken: a module or package {package} is in use here already.")
+
+
+def _ports(compose: str) -> dict[int, str]:
+    """Every port that the containers use, and for what."""
+    haproxy = (ROOT / "deploy/compose/haproxy.cfg").read_text()
+    found = re.findall(r"_PORT:-(\d+)\}:(\d+)", compose)
+    ports = {int(port): _COMPOSE for pair in found for port in pair}
+    return ports | {int(port): "the edge" for port in re.findall(r"^ *bind \S*:(\d+)", haproxy, re.MULTILINE)}
