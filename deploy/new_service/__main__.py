@@ -2,12 +2,13 @@
 
 import argparse
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.new_service.request import Request, RequestError, check
+from deploy.new_service.request import Request, RequestError, check, check_folder
 from deploy.services import ROOT
 
 
@@ -19,18 +20,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calls", default="backend-api", help="the service that its example calls (default: backend-api)"
     )
+    parser.add_argument("--standalone", metavar="FOLDER", type=Path, help="make a repository of its own there")
     options = parser.parse_args(arguments)
     try:
         request = check(options.name, options.port, options.calls)
+        if options.standalone:
+            check_folder(options.standalone)
     except RequestError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    _add(request)
-    sys.stdout.write(
-        f"services/{request.package} is {request.name}-api on port {request.port}, and wired in.\n"
-        f"Its tests: python3 -m nox -s tests -- services/{request.package}\n"
-        "All of it: python3 -m nox -s demo -- --once\n"
-    )
+    if options.standalone:
+        _make_repository(request, options.standalone)
+    else:
+        _add(request)
     return 0
 
 
@@ -56,6 +58,30 @@ def _add(request: Request) -> None:
             for path, text in before.items():
                 path.write_text(text)
             raise
+    sys.stdout.write(
+        f"services/{request.package} is {request.name}-api on port {request.port}, and wired in.\n"
+        f"Its tests: python3 -m nox -s tests -- services/{request.package}\n"
+        "All of it: python3 -m nox -s demo -- --once\n"
+    )
+
+
+def _make_repository(request: Request, folder: Path) -> None:
+    from deploy.new_service.render import answers, format_code, render
+
+    try:
+        render("service", folder, answers(request, standalone=True))
+        render("standalone", folder, answers(request))
+        shutil.copy(ROOT / "deploy/compose/healthcheck.py", folder)
+        # The versions that this repository was tested with, where the service needs the same packages.
+        shutil.copy(ROOT / "requirements.lock", folder)
+        subprocess.run([sys.executable, "-m", "nox", "-s", "vendor", "--", str(ROOT)], cwd=folder, check=True)
+        format_code(folder)
+        if shutil.which("git"):
+            subprocess.run(["git", "init", "--quiet", "--initial-branch=main"], cwd=folder, check=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sys.stdout.write(f"{folder} is {request.name}-api on port {request.port}. Its tests, there: python3 -m nox\n")
 
 
 if __name__ == "__main__":

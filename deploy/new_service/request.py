@@ -5,10 +5,11 @@ import keyword
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from deploy.services import ROOT, SERVICES
 
-__all__ = ["Request", "RequestError", "check"]
+__all__ = ["Request", "RequestError", "check", "check_folder"]
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _LONGEST = 24
@@ -51,6 +52,14 @@ def check(name: str, port: str, calls: str) -> Request:
     if calls not in known:
         raise RequestError(f"There is no service {calls!r} to call: choose one of {', '.join(known)}.")
     return request
+
+
+def check_folder(folder: Path) -> None:
+    """A repository can be made there. Reads only. Raises: RequestError."""
+    if folder.resolve().is_relative_to(ROOT):
+        raise RequestError(f"{folder} is inside this repository: choose a folder beside it.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"{folder} is there already: choose a folder that is new or empty.")
 
 
 def _check_name(name: str) -> None:

@@ -1,0 +1,233 @@
+"""The next service in one command: what it makes works, what it can't make it refuses, and it makes what is here."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.services import ROOT, SERVICES
+from registry.testing.ports import free_ports
+
+# What the tests run on has uv, too, whether or not the user's PATH has.
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if not name.startswith(("CONSUL_HTTP", "SERVICE_", "NOX"))
+}
+ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+GIT = ("git", "-c", "user.name=registry", "-c", "user.email=registry@localhost")
+COMPOSE = "deploy/compose/docker-compose.yml"
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs it there; blocks for up to two minutes."""
+    words = [sys.executable, *command] if command[0] == "-m" else command
+    variables = ENVIRONMENT | environment
+    return subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+
+def succeed(folder: Path, *command: str, **environment: str) -> str:
+    """Runs it there and returns what it printed; fails when it fails."""
+    done = run(folder, *command, **environment)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone of this repository as it stands, uncommitted changes included."""
+    folder = tmp_path_factory.mktemp("clone") / "registry"
+    names = succeed(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0")[:-1]
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    succeed(folder, "git", "init", "--quiet")
+    succeed(folder, "git", "add", "--all")
+    succeed(folder, *GIT, "commit", "--quiet", "--message", "everything")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "port", "reason"),
+    [
+        ("Billing", "8004", "'Billing' is no name for a service"),
+        ("../billing", "8004", "'../billing' is no name for a service"),
+        ("billing; reboot", "8004", "'billing; reboot' is no name for a service"),
+        ("bill_ing", "8004", "'bill_ing' is no name for a service"),
+        ("b" * 25, "8004", "at most 24 characters"),
+        ("billing-api", "8004", "leave out -api, it is added"),
+        ("backend", "8004", "there is services/backend"),
+        ("consul", "8004", "'consul' is taken"),
+        ("postgres", "8004", "'postgres' is taken"),
+        ("edge", "8004", "'edge' is taken"),
+        ("consul-ui", "8004", "'consul-ui' is taken"),
+        ("registry", "8004", "'registry' is taken"),
+        ("tests", "8004", "'tests' is taken"),
+        ("httpx", "8004", "'httpx' is taken"),
+        ("json", "8004", "standard library has a module json"),
+        ("class", "8004", "a word of Python itself"),
+        ("billing", "8002", "Port 8002 is taken: backend-api has it"),
+        ("billing", "8404", "Port 8404 is taken"),
+        ("billing", "8500", "Port 8500 is taken"),
+        ("billing", "8600", "Port 8600 is taken: Consul has it"),
+        ("billing", "5432", "Port 5432 is taken: Postgres has it"),
+        ("billing", "80", "'80' is no port for a service"),
+        ("billing", "65536", "'65536' is no port for a service"),
+        ("billing", "80o4", "'80o4' is no port for a service"),
+        ("billing", "٨٠٠٤", "is no port for a service"),
+    ],
+)
+def test_what_can_not_be_made_is_refused(copy: Path, name: str, port: str, reason: str) -> None:
+    """A bad, reserved or taken name or port is refused in a sentence, and nothing was written."""
+    refused = run(copy, "-m", "deploy.new_service", name, port)
+    assert refused.returncode == 1
+    assert reason in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert succeed(copy, "git", "status", "--porcelain") == ""
+
+
+def test_a_service_to_call_must_exist(copy: Path) -> None:
+    """The example of a new service calls one that is there."""
+    refused = run(copy, "-m", "deploy.new_service", "billing", "8004", "--calls", "nobody-api")
+    assert (refused.returncode, "no service 'nobody-api' to call" in refused.stderr) == (1, True)
+    assert succeed(copy, "git", "status", "--porcelain") == ""
+
+
+def test_a_failure_on_the_way_leaves_nothing(copy: Path) -> None:
+    """When something breaks after the first file was written, all is as it was."""
+    broken = run(copy, "-m", "deploy.new_service", "billing", "8004", PYTHONPATH=str(_broken_ruff(copy.parent)))
+    assert broken.returncode != 0
+    assert succeed(copy, "git", "status", "--porcelain") == ""
+
+
+def _broken_ruff(folder: Path) -> Path:
+    package = folder / "broken" / "ruff"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("raise SystemExit('broken')")
+    return package.parent
+
+
+@pytest.fixture(scope="module")
+def made(copy: Path) -> Iterator[Path]:
+    """The copy with billing-api on 8004 and gift-cards-api on 8005, made as a user makes them."""
+    begun = time.monotonic()
+    succeed(copy, "-m", "nox", "-s", "new-service", "--", "billing", "8004")
+    assert "passed" in succeed(copy, "-m", "nox", "-s", "tests", "--", "services/billing")
+    assert time.monotonic() - begun < 60
+    succeed(copy, "-m", "nox", "-s", "new-service", "--", "gift-cards", "8005", "--calls", "billing-api")
+    succeed(copy, "-m", "nox", "-s", "tests", "--", "services/gift_cards")
+    yield copy
+    succeed(copy, "git", "clean", "--quiet", "--force", "-d", "-x")
+    succeed(copy, "git", "checkout", "--quiet", ".")
+
+
+def test_the_new_service_is_small(made: Path) -> None:
+    """Its program has at most twenty lines."""
+    program = made / "services/billing/src/billing/main.py"
+    assert len(program.read_text().splitlines()) <= 20
+
+
+def test_the_new_services_pass_every_check(made: Path, consul_binary: Path) -> None:
+    """Format, style, imports, types, lock, the tests that go by the table, and the commands of a README."""
+    tools, folders = made / ".nox/tests/bin", ("services/billing", "services/gift_cards")
+    succeed(made, f"{tools}/ruff", "format", "--check", *folders)
+    succeed(made, f"{tools}/ruff", "check", *folders)
+    succeed(made, f"{tools}/mypy", *folders)
+    succeed(made, f"{tools}/lint-imports")
+    lock = (made / "requirements.lock").read_text()
+    succeed(made, "-m", "nox", "-s", "lock")
+    assert (made / "requirements.lock").read_text() == lock
+    tables = ("service_variables_are_documented", "dependencies_are_all_explained", "links_lead_somewhere")
+    tests = ["tests/test_compose.py", *(f"tests/test_docs_tables.py::test_{name}" for name in tables)]
+    page = "tests/test_docs.py::test_code_and_commands_run[services/gift_cards/README.md]"
+    succeed(made, f"{tools}/python", "-m", "pytest", *tests, page, CONSUL_BIN=str(consul_binary))
+
+
+def test_the_containers_have_the_new_service(made: Path) -> None:
+    """The Compose file builds it like the others, with their health check, and the edge publishes its port."""
+    services: dict[str, Any] = yaml.safe_load((made / COMPOSE).read_text())["services"]
+    research, billing = services["research"], services["billing"]
+    assert "healthcheck.py" in " ".join(billing["healthcheck"]["test"])
+    assert billing.keys() == research.keys()
+    for key in billing.keys() - {"image", "build"}:
+        assert billing[key] == research[key]
+    assert services["edge"]["ports"][-2:] == [
+        "${EDGE_ADDRESS:-127.0.0.1}:${BILLING_PORT:-8004}:8004",
+        "${EDGE_ADDRESS:-127.0.0.1}:${GIFT_CARDS_PORT:-8005}:8005",
+    ]
+
+
+def test_the_demo_has_the_new_service(made: Path, tmp_path: Path, consul_binary: Path) -> None:
+    """The demo starts it, shows it passing, and calls it by name from orchestrator-api."""
+    python = str(made / ".nox/tests/bin/python")
+    ports = free_ports(3 + len(SERVICES))
+    variables = {"CONSUL_BIN": str(consul_binary), "TMPDIR": str(tmp_path), "COLUMNS": "120"}
+    output = succeed(made, python, "-m", "deploy.local.demo", "--once", "--ports", *map(str, ports), **variables)
+    for name in ("billing-api", "gift-cards-api"):
+        assert re.search(rf"│ {name} +│ {name}-127\.0\.0\.1-\d+ +│ healthy +│", output), "called by name"
+        assert re.search(rf"│ {name}-127\.0\.0\.1-\d+ +│ +\d+ │ passing ", output)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of billing-api's own."""
+    folder = tmp_path_factory.mktemp("alone") / "billing"
+    succeed(ROOT, "-m", "deploy.new_service", "billing", "8004", "--standalone", str(folder))
+    return folder
+
+
+def test_a_repository_of_its_own_passes_its_checks(repository: Path) -> None:
+    """Lint, types and tests pass there, with nothing of this repository but the wheel."""
+    succeed(repository, "-m", "nox")
+    texts = [
+        path.read_text() for path in repository.rglob("*") if path.suffix in {".py", ".toml", ".md", ".lock", ".yml"}
+    ]
+    assert not [text for text in texts if str(ROOT) in text]
+
+
+def test_the_wheel_is_recorded_and_refreshed(repository: Path) -> None:
+    """Version and hash stand there; another file under its name is refused, and `nox -s vendor` mends that."""
+    sums = repository / "vendor/SHA256SUMS"
+    recorded, name = sums.read_text().split()
+    wheel = repository / "vendor" / name
+    version = tomllib.loads((ROOT / "packages/registry/pyproject.toml").read_text())["project"]["version"]
+    assert name == f"registry-{version}-py3-none-any.whl"
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == recorded
+    assert f'"vendor/{name}"' in (repository / "pyproject.toml").read_text()
+    with wheel.open("ab") as file:
+        file.write(b"!")
+    refused = run(repository, "-m", "nox", "-s", "tests")
+    assert refused.returncode != 0
+    assert "is not what vendor/SHA256SUMS says" in refused.stderr
+    assert "Say where the repository" in run(repository, "-m", "nox", "-s", "vendor").stderr
+    succeed(repository, "-m", "nox", "-s", "vendor", "--", str(ROOT))
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == sums.read_text().split()[0]
+
+
+def test_its_containers_join_a_running_consul(repository: Path) -> None:
+    """Its Compose file has one container, as restricted as those here, in a network that exists already."""
+    definition: dict[str, Any] = yaml.safe_load((repository / "docker-compose.yml").read_text())
+    [billing] = definition["services"].values()
+    base: dict[str, Any] = yaml.safe_load((ROOT / COMPOSE).read_text())["x-base"]
+    del base["environment"]
+    assert {key: billing[key] for key in base} == base
+    assert definition["networks"]["consul"]["external"] is True
+    assert (repository / "healthcheck.py").read_text() == (ROOT / "deploy/compose/healthcheck.py").read_text()
+
+
+@pytest.mark.parametrize("folder", [ROOT / "services" / "new", ROOT.parent])
+def test_a_repository_needs_a_place_of_its_own(folder: Path) -> None:
+    """A folder inside this repository, or one with something in it, is refused."""
+    refused = run(ROOT, "-m", "deploy.new_service", "billing", "8004", "--standalone", str(folder))
+    assert refused.returncode == 1
+    assert "choose a folder" in refused.stderr
