@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from consul.base import Response
 from consul.callback import CB
 
 from registry.consul.connection import SyncConsul, consul_errors
@@ -18,6 +20,7 @@ __all__ = ["Agent", "HealthCheck"]
 
 # A check's address stands nowhere but in its output: 'HTTP GET http://…: 200 OK Output: …' or 'Get "http://…": dial …'
 _ASKED = re.compile(r'(?:^HTTP [A-Z]+ |^[A-Z][a-z]+ ")(https?://[^\s"]+?)(?:"|: \d{3}\b)')
+_JSON: Callable[[Response], Any] = CB.json()
 _DURATION = re.compile(r"([\d.]+)(ms|s|m|h)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -49,6 +52,8 @@ class Agent:
         self.url = settings.url
         self._settings = settings
         self._consul = SyncConsul(settings)
+        self.hides = False
+        """Whether `instances` may have left out what our token must not see."""
 
     def close(self) -> None:
         """Closes the connections."""
@@ -61,8 +66,8 @@ class Agent:
         return self._settings.host
 
     def instances(self) -> list[Instance]:
-        """The instances that registered with this agent, healthy or not."""
-        entries = self._get("/v1/agent/services") or {}
+        """The instances that registered with this agent, healthy or not, as far as we may see them."""
+        entries = self._get("/v1/agent/services", callback=self._note_rights)
         return [
             Instance(entry["ID"], entry["Service"], entry["Address"], entry["Port"])
             for entry in entries.values()
@@ -120,9 +125,18 @@ class Agent:
         with consul_errors(self._settings):
             self._consul.http.put(CB.boolean(), "/v1/agent/service/register", data=json.dumps(entry))
 
-    def _get(self, path: str, params: list[tuple[str, str]] | None = None) -> Any:
+    def _get(
+        self, path: str, params: list[tuple[str, str]] | None = None, callback: Callable[[Response], Any] = _JSON
+    ) -> Any:
         with consul_errors(self._settings):
-            return self._consul.http.get(CB.json(), path, params)
+            return self._consul.http.get(callback, path, params)
+
+    def _note_rights(self, response: Response) -> Any:
+        # Without a token nothing is said to be filtered, though everything may be.
+        filtered = response.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true"
+        denied = response.headers.get("X-Consul-Default-ACL-Policy") == "deny"
+        self.hides = filtered or (denied and not self._settings.read_token())
+        return _JSON(response)
 
 
 def _seconds(duration: str) -> float:

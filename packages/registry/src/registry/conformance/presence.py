@@ -20,6 +20,8 @@ def registered(subject: Subject) -> str:
     """Consul knows it."""
     until(lambda: subject.find() is not None, subject.patience)
     subject.instance = subject.find()
+    if subject.instance is None and subject.agent.hides:
+        raise UnclearError(f"The agent at {subject.agent.url} hides services: give a token with service:read on this.")
     if subject.instance is None:
         known_as = subject.signature()
         who = f"no instance {known_as}, and none" if known_as else "no instance"

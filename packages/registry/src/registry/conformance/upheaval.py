@@ -50,7 +50,7 @@ def leaves_when_sick(subject: Subject, sicken: Act, heal: Act) -> str:
     subject.registered()
     if not subject.is_passing():
         raise UnclearError("Discovery does not find it now, so its leaving would not show.")
-    slowest = max((check.interval + check.timeout for check in subject.checks()), default=0.0)
+    slowest = max((check.interval for check in subject.checks()), default=0.0)
     patience = FAILURES_BEFORE_CRITICAL * slowest + subject.patience
     try:
         _act(sicken)
