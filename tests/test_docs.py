@@ -46,6 +46,13 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+def program_of(command: str) -> str:
+    """Where the command is: in the environment of these tests, else where it always is."""
+    program = shutil.which(command, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert program, f"{command} is not there"
+    return program
+
+
 @dataclass(frozen=True)
 class Block:
     """One fenced block; ``line`` is where its code begins, counted from 0."""
@@ -118,7 +125,7 @@ class Session:
                     continue
                 case ["python3", "-m", "nox", *options]:
                     words = [sys.executable, "-m", "nox", "--list", *options]
-            subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            subprocess.run([program_of(words[0]), *words[1:]], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
     def _start_servers(self, lines: list[str]) -> None:
         waiting = []
@@ -129,12 +136,14 @@ class Session:
             port = command[command.index("--port") + 1]
             # A service's default port is one of the documented ones, so it is replaced too.
             environment = os.environ | {"SERVICE_PORT": port} | dict(given)
-            program = shutil.which(command[0], path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-            assert program, f"{command[0]} is not there"
             log = self.directory / f"{port}.log"
             with log.open("wb") as output:
                 server = subprocess.Popen(
-                    [program, *command[1:]], cwd=self.directory, env=environment, stdout=output, stderr=output
+                    [program_of(command[0]), *command[1:]],
+                    cwd=self.directory,
+                    env=environment,
+                    stdout=output,
+                    stderr=output,
                 )
             self.servers.append(server)
             waiting.append((line, port, server, log))
