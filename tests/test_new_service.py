@@ -1,11 +1,7 @@
-"""The next service in one command: what it makes works, what it can't make it refuses, and it makes what is here."""
+"""The next service in one command: what it makes works everywhere, and what it can't make it refuses."""
 
 import hashlib
-import os
 import re
-import shutil
-import subprocess
-import sys
 import time
 import tomllib
 from collections.abc import Iterator
@@ -17,42 +13,16 @@ import yaml
 
 from deploy.services import ROOT, SERVICES
 from registry.testing.ports import free_ports
+from tests.clone import clone, run, succeed
 
-# What the tests run on has uv, too, whether or not the user's PATH has.
-ENVIRONMENT = {
-    name: value for name, value in os.environ.items() if not name.startswith(("CONSUL_HTTP", "SERVICE_", "NOX"))
-}
-ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-GIT = ("git", "-c", "user.name=registry", "-c", "user.email=registry@localhost")
 COMPOSE = "deploy/compose/docker-compose.yml"
-
-
-def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs it there; blocks for up to two minutes."""
-    words = [sys.executable, *command] if command[0] == "-m" else command
-    variables = ENVIRONMENT | environment
-    return subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False)
-
-
-def succeed(folder: Path, *command: str, **environment: str) -> str:
-    """Runs it there and returns what it printed; fails when it fails."""
-    done = run(folder, *command, **environment)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone of this repository as it stands, uncommitted changes included."""
+    """A clone of this repository as it stands."""
     folder = tmp_path_factory.mktemp("clone") / "registry"
-    names = succeed(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0")[:-1]
-    for name in names:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    succeed(folder, "git", "init", "--quiet")
-    succeed(folder, "git", "add", "--all")
-    succeed(folder, *GIT, "commit", "--quiet", "--message", "everything")
+    clone(folder)
     return folder
 
 
