@@ -19,10 +19,10 @@ _GIT = ("git", "-c", "user.name=registry", "-c", "user.email=registry@localhost"
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs it there; blocks for up to two minutes."""
+    """Runs it there; blocks for up to ten minutes."""
     words = [sys.executable, *command] if command[0] == "-m" else command
     variables = _ENVIRONMENT | environment
-    return subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=600, check=False)
 
 
 def succeed(folder: Path, *command: str, **environment: str) -> str:
