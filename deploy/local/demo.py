@@ -1,4 +1,4 @@
-"""`nox -s demo`: Consul, three services and two more backend replicas as local processes, and a tour through them."""
+"""`nox -s demo`: Consul, every service and two more backend replicas as local processes, and a tour through them."""
 
 import argparse
 import asyncio

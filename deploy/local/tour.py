@@ -31,8 +31,9 @@ _PAUSE = 0.5
 
 
 async def show_tour(system: System, console: Console) -> str:
-    """Publishes and enriches a card through orchestrator-api, which then calls every other service by name; calls
-    backend-api ten times by name; the card's path.
+    """Publishes and enriches a card through orchestrator-api, calls backend-api ten times by name; the card's path.
+
+    In between, orchestrator-api calls every other service by its name, whichever there are.
 
     Raises: DemoError, when a call fails.
     """

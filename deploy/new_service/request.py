@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from deploy.services import ROOT, SERVICES
 
 __all__ = ["Request", "RequestError", "check", "check_folder"]
@@ -83,8 +85,7 @@ def _check_not_taken(request: Request, compose: str) -> None:
     name, package = request.name, request.package
     if (ROOT / "services" / package).exists():
         raise RequestError(f"The name {name!r} is taken: there is services/{package}.")
-    # Networks, volumes and YAML anchors are none of its business, but a little strictness costs nobody a good name.
-    if re.search(rf"^  {package}:", compose, re.MULTILINE) or f"{package.upper()}_PORT:" in compose:
+    if package in yaml.safe_load(compose)["services"] or f"{package.upper()}_PORT:" in compose:
         raise RequestError(f"The name {name!r} is taken: {_COMPOSE} has it.")
 
 
