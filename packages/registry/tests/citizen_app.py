@@ -134,6 +134,8 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     headers = [(b"content-type", b"application/json"), (b"x-service-instance", ID.encode())]
     if "does not sign" in MUTANT or ("does not sign errors" in MUTANT and status == 404):
         headers.pop()
+    elif "changes its name" in MUTANT:
+        headers[-1] = (b"x-service-instance", b"%d" % time.time_ns())
     elif "signs with another id" in MUTANT:
         headers[-1] = (b"x-service-instance", b"somebody")
     await send({"type": "http.response.start", "status": status, "headers": headers})

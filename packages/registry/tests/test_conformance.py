@@ -137,6 +137,10 @@ MUTANTS = {
     "does not sign": {"signed": r"GET /health \(200\) carries no X-Service-Instance"},
     "does not sign errors": {"signed": r"GET /health\?instance=another-\w+ \(404\) carries no X-Service-Instance"},
     "signs with another id": {"signed": r"says that it is somebody, but is registered as"},
+    "changes its name": {
+        "address": r"At the registered address \S+, \S+ answers, and not \S+: register its own",
+        "signed": r"says that it is \S+ and \S+: give one instance one id; or give the address of one instance",
+    },
     "healthy while sick": {"health": r"answers 200 while its component database is sick: answer 503"},
     "sick without a reason": {"health": r"answers 503, but every component that it names is well"},
     "names no components": {"health": r"does not say how its components are"},
@@ -346,10 +350,12 @@ def command(consul_agent: ConsulAgent, monkeypatch: pytest.MonkeyPatch) -> Calla
 def test_the_command_stops_what_it_is_told_to(
     consul_agent: ConsulAgent, start: Start, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a process id, through the end; when nobody answers any more, that is said, and nothing else."""
+    """With all it may do, through the end; when nobody answers any more, that is said, and nothing else."""
     service = start(consul_agent)
-    assert command(service.url, "--forget", "--pid", str(service.process.pid)) == 0
-    assert capsys.readouterr().out.endswith("\n11 kept, 1 not asked for, of 12 promises.\n")
+    sick = service.directory / "sick"
+    disturbing = "--sicken", f"touch {sick}", "--heal", f"rm {sick}", "--forget", "--pid", str(service.process.pid)
+    assert command(service.url, *disturbing) == 0
+    assert capsys.readouterr().out.endswith("\n12 kept, of 12 promises.\n")
     service.process.wait(10)
     assert command(service.url) == 2
     told = capsys.readouterr()

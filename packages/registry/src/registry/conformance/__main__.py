@@ -53,7 +53,8 @@ def _tell(finding: Finding) -> None:
 
 
 def _command(line: str | None) -> Callable[[], object] | None:
-    return None if line is None else partial(subprocess.run, shlex.split(line), check=True)
+    # What the command prints is no line of ours; what it complains of still shows.
+    return None if line is None else partial(subprocess.run, shlex.split(line), check=True, stdout=subprocess.DEVNULL)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -41,8 +41,8 @@ def signed(subject: Subject) -> str:
         names.add(name)
     if len(names) > 1:
         raise Shortfall(
-            f"It says that it is {' and '.join(sorted(names))}: give one instance one id; or give the address of one "
-            "instance here, not of a load balancer."
+            f"It says that it is {' and '.join(sorted(names)[:2])}: give one instance one id; or give the address of "
+            "one instance here, not of a load balancer."
         )
     (name,) = names
     if name != subject.registered().id:
