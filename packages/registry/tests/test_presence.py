@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from registry import ConsulSettings, Registrar, ServiceRegistry, ServiceSettings
+from registry.consul import presence
+from registry.consul.addresses import is_ours
 from registry.testing.command import ServiceProcess, found, running_service, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
 
@@ -279,3 +281,51 @@ async def test_refused_requests_do_not_end_the_effort(
         assert [record.levelname for record in caplog.records[:3]] == ["WARNING", "DEBUG", "DEBUG"]
         await registrar.aclose()
     assert not {task.get_name() for task in asyncio.all_tasks() if "trying" in task.get_name()}
+
+
+async def test_a_host_that_got_another_address_is_registered_there_alone(
+    consul_agent: ConsulAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the registered address is no longer this host's, the new one is registered and the old one withdrawn.
+
+    A whole host is moved by the end-to-end test that cuts a container off; here only its answers are changed.
+    """
+    consul = ConsulSettings.model_validate({"host": "127.0.0.1", "port": consul_agent.http_port})
+    registrar = Registrar(ServiceSettings(name="moving", port=8002), consul)
+    monkeypatch.setattr(registrar, "answers", AsyncMock(return_value=True))
+    monkeypatch.setattr(presence, "LOOK", 0.05)
+    registrar.start()
+    await asyncio.to_thread(wait_until, lambda: found(consul_agent, "moving") == ["moving-127.0.0.1-8002"])
+    monkeypatch.setattr(presence, "is_ours", lambda address: address == "127.0.0.2")
+    monkeypatch.setattr(presence, "address_towards", AsyncMock(return_value="127.0.0.2"))
+    await asyncio.to_thread(wait_until, lambda: found(consul_agent, "moving") == ["moving-127.0.0.2-8002"])
+    assert found(consul_agent, "moving", passing=False) == ["moving-127.0.0.2-8002"]
+    assert registrar.serves("moving-127.0.0.2-8002")
+    assert not registrar.serves("moving-127.0.0.1-8002")
+    await registrar.withdraw()
+    await registrar.aclose()
+    assert found(consul_agent, "moving", passing=False) == []
+
+
+async def test_an_address_that_was_given_is_never_given_up(
+    consul_agent: ConsulAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``SERVICE_ADDRESS`` may be one that this host does not have, behind a NAT: it stays registered."""
+    consul = ConsulSettings.model_validate({"host": "127.0.0.1", "port": consul_agent.http_port})
+    registrar = Registrar(ServiceSettings(name="behind-nat", port=8002, address="192.0.2.7"), consul)
+    monkeypatch.setattr(registrar, "answers", AsyncMock(return_value=True))
+    monkeypatch.setattr(presence, "LOOK", 0.01)
+    registrar.start()
+    await asyncio.to_thread(wait_until, lambda: found(consul_agent, "behind-nat") == ["behind-nat-192.0.2.7-8002"])
+    monkeypatch.setattr(presence, "address_towards", AsyncMock(side_effect=AssertionError("looked for another")))
+    await asyncio.sleep(0.1)
+    assert found(consul_agent, "behind-nat") == ["behind-nat-192.0.2.7-8002"]
+    await registrar.withdraw()
+    await registrar.aclose()
+
+
+def test_a_host_knows_its_own_addresses() -> None:
+    """Loopback is ours, an address of a documentation network is not, whichever the family."""
+    assert is_ours("127.0.0.1")
+    assert not is_ours("192.0.2.7")
+    assert not is_ours("2001:db8::7")

@@ -5,13 +5,14 @@ import contextvars
 import dataclasses
 import logging
 import random
-import socket
 from contextlib import suppress
 from urllib.parse import quote
 
 import httpx
 from consul.callback import CB
+from consul.exceptions import NotFound
 
+from registry.consul.addresses import address_towards, is_ours
 from registry.consul.connection import AsyncConsul, consul_errors
 from registry.consul.health import parse_local_health
 from registry.consul.registration import Registration
@@ -33,14 +34,16 @@ REJOIN_DELAY = 0.1, 0.2
 """Seconds, from and to. Siblings that are being stopped together must not bring each other back. (After a restart of
 the agent, where all its services come at once, the back-off spreads them.)"""
 SILENCE_BEFORE_WARNING = 5.0
+LOOK = 1.0
+"""Seconds between two looks at whether this host still has the address that was registered."""
 
 
 class Registrar:
     """Keeps one instance registered from ``start`` to ``withdraw``. Belongs to one event loop.
 
     It registers once the advertised address answers ``/health?instance=<id>`` with 200, as passing, so that callers
-    find it at once; registers again when the agent forgot it; and tries for ever while Consul is away. Several
-    processes may do so for the same instance (uvicorn's workers).
+    find it at once; registers again when the agent forgot it, and anew when this host got another address; and tries
+    for ever while Consul is away. Several processes may do so for the same instance (uvicorn's workers).
     """
 
     def __init__(self, service: ServiceSettings, consul: ConsulSettings | None = None) -> None:
@@ -55,6 +58,8 @@ class Registrar:
         self._writing = asyncio.Lock()
         self._backoff = Backoff(base=0.2, cap=2.0)
         self._closing = False
+        self._former: set[str] = set()
+        """The ids under which it was registered at addresses that this host no longer has."""
         self.registration: Registration | None = None
         """What is written to Consul; None until the own address is known."""
 
@@ -141,13 +146,13 @@ class Registrar:
         failures = 0
         while True:
             try:
-                registration = self.registration = self.registration or await self._describe()
+                registration = await self._locate()
                 await self._until_answering(registration)
                 async with self._writing:
                     await self._register(registration)
                 failures = 0
-                await self._until_forgotten(registration.id)
-                logger.warning("consul forgot this instance: registering again", extra={"instance": self.instance_id})
+                await self._until_outdated(registration)
+                logger.warning("registration in doubt: writing it again", extra={"instance": self.instance_id})
                 await asyncio.sleep(random.uniform(*REJOIN_DELAY))
             except Exception as error:
                 # Consul may be away for hours: the service runs on, and this task dies only by cancellation.
@@ -159,8 +164,21 @@ class Registrar:
                 )
                 await asyncio.sleep(self._backoff.delay(failures))
 
+    async def _locate(self) -> Registration:
+        """What to write: what was written before, as long as this host has its address. Raises: OSError."""
+        known = self.registration
+        if known is None or self._has_moved(known):
+            self.registration = await self._describe()
+            self._former |= {known.id} if known else set()
+            self._former.discard(self.registration.id)
+            return self.registration
+        return known
+
+    def _has_moved(self, registration: Registration) -> bool:
+        return self._service.address is None and not is_ours(registration.address)
+
     async def _describe(self) -> Registration:
-        address = self._service.address or await _address_towards(self._settings.host, self._settings.port)
+        address = self._service.address or await address_towards(self._settings.host, self._settings.port)
         registration = Registration(
             name=self._service.name,
             address=address,
@@ -198,27 +216,36 @@ class Registrar:
                 # But an instance that somebody put into maintenance stays there.
                 await self._consul.agent.service.deregister(registration.id)
             await self._consul.agent.service.register(**registration.arguments(passing=True))
+            for former in tuple(self._former):
+                with suppress(NotFound):
+                    await self._consul.agent.service.deregister(former)
+                self._former.discard(former)
         logger.info("registered", extra={"instance": registration.id, "address": registration.instance.netloc})
 
+    async def _until_outdated(self, registration: Registration) -> None:
+        """Returns when the agent forgot it, or its address is gone. Raises as soon as the agent can't be asked."""
+        forgotten = asyncio.get_running_loop().create_task(self._until_forgotten(registration.id))
+        try:
+            while not forgotten.done() and not self._has_moved(registration):
+                await asyncio.wait({forgotten}, timeout=LOOK)
+            if forgotten.done():
+                forgotten.result()
+        finally:
+            forgotten.cancel()
+
     async def _until_forgotten(self, service_id: str) -> None:
-        """Parks at the agent until it no longer knows the id. Raises as soon as the agent can't be asked."""
+        """Parks at the agent until it no longer knows the id, or may not. Raises as soon as it can't be asked."""
         params: list[tuple[str, str]] = []
+        loop = asyncio.get_running_loop()
         while True:
+            begun = loop.time()
             with consul_errors(self._settings):
                 known = await self._consul.http.get(CB.json(), f"/v1/agent/service/{service_id}", params)
             if known is None:
                 return
-            params = [("hash", known["ContentHash"]), ("wait", f"{WAIT}s")]
+            current = ("hash", known["ContentHash"])
+            if current in params and loop.time() - begun < WAIT:
+                # No news, and early: so answers an agent that is being stopped. The next one has our check as critical.
+                return
+            params = [current, ("wait", f"{WAIT}s")]
             await asyncio.sleep(0.1)  # nor may an answer that comes at once, again and again, become a busy loop
-
-
-async def _address_towards(host: str, port: int) -> str:
-    """The address that this host uses to reach another one; sends nothing. Raises: OSError, if it has no address."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    # IPv4 first, for that is where uvicorn listens: "localhost" may well be ::1 before it is 127.0.0.1.
-    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-    for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe, suppress(OSError):
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    raise OSError(f"no route to {host}")
