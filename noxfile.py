@@ -1,4 +1,4 @@
-"""The front door: `nox` checks everything that needs no Docker, `nox -s demo` shows the system at work."""
+"""The front door: `nox` checks everything, `nox -s demo` shows the system at work."""
 
 import hashlib
 import sys
@@ -10,7 +10,7 @@ nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
 nox.options.error_on_external_run = True
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "typecheck", "tests"]
+nox.options.sessions = ["lint", "typecheck", "tests", "e2e"]
 
 ROOT = Path(__file__).parent
 LOCK = "requirements.lock"
@@ -39,6 +39,20 @@ def tests(session: nox.Session) -> None:
     """Run the tests against a real Consul; arguments go to pytest."""
     install(session)
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def e2e(session: nox.Session) -> None:
+    """Play the scenes of scaling and failover on containers, in ten minutes; arguments go to pytest."""
+    install(session)
+    # Where no engine answers, root on Debian gets one for as long as it takes. After Ctrl-C, all is removed first.
+    session.run(
+        *("bash", "deploy/ci/docker.sh", "run", "pytest", "tests/e2e", "--junitxml=.e2e/junit.xml"),
+        *session.posargs,
+        external=True,
+        interrupt_timeout=60.0,
+        terminate_timeout=60.0,
+    )
 
 
 @nox.session

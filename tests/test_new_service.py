@@ -1,17 +1,22 @@
 """The next service in one command: what it makes works everywhere, and what it can't make it refuses."""
 
-import hashlib
+import os
 import re
+import subprocess
 import time
-import tomllib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
-from deploy.services import ROOT, SERVICES
+from deploy.services import SERVICES
+from registry import ConsulSettings
+from registry.conformance import examine
+from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
 from tests.clone import clone, run, succeed
 
@@ -148,56 +153,45 @@ def test_the_demo_has_the_new_service(made: Path, tmp_path: Path, consul_binary:
         assert re.search(rf"│ {name}-127\.0\.0\.1-\d+ +│ +\d+ │ passing ", output)
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of billing-api's own."""
-    folder = tmp_path_factory.mktemp("alone") / "billing"
-    succeed(ROOT, "-m", "deploy.new_service", "billing", "8004", "--standalone", str(folder))
-    return folder
+@contextmanager
+def billing(made: Path, port: int, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """An instance of billing-api, as a user starts it."""
+    command = [str(made / ".nox/tests/bin/python"), "-m", "uvicorn", "billing.main:app", "--port", str(port)]
+    with subprocess.Popen(command, cwd=made, env=os.environ | variables | {"SERVICE_PORT": str(port)}) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
-def test_a_repository_of_its_own_passes_its_checks(repository: Path) -> None:
-    """Lint, types and tests pass there, with nothing of this repository but the wheel."""
-    succeed(repository, "-m", "nox")
-    texts = [
-        path.read_text() for path in repository.rglob("*") if path.suffix in {".py", ".toml", ".md", ".lock", ".yml"}
-    ]
-    assert not [text for text in texts if str(ROOT) in text]
+def answers(url: str) -> bool:
+    """Whether it says that it is healthy."""
+    try:
+        return httpx.get(f"{url}/health", trust_env=False).is_success
+    except httpx.TransportError:
+        return False
 
 
-def test_the_wheel_is_recorded_and_refreshed(repository: Path) -> None:
-    """Version and hash stand there; another file under its name is refused, and `nox -s vendor` mends that."""
-    sums = repository / "vendor/SHA256SUMS"
-    recorded, name = sums.read_text().split()
-    wheel = repository / "vendor" / name
-    version = tomllib.loads((ROOT / "packages/registry/pyproject.toml").read_text())["project"]["version"]
-    assert name == f"registry-{version}-py3-none-any.whl"
-    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == recorded
-    assert f'"vendor/{name}"' in (repository / "pyproject.toml").read_text()
-    with wheel.open("ab") as file:
-        file.write(b"!")
-    refused = run(repository, "-m", "nox", "-s", "tests")
-    assert refused.returncode != 0
-    assert "is not what vendor/SHA256SUMS says" in refused.stderr
-    assert "Say where the repository" in run(repository, "-m", "nox", "-s", "vendor").stderr
-    succeed(repository, "-m", "nox", "-s", "vendor", "--", str(ROOT))
-    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == sums.read_text().split()[0]
-
-
-def test_its_containers_join_a_running_consul(repository: Path) -> None:
-    """Its Compose file has one container, as restricted as those here, in a network that exists already."""
-    definition: dict[str, Any] = yaml.safe_load((repository / "docker-compose.yml").read_text())
-    [billing] = definition["services"].values()
-    base: dict[str, Any] = yaml.safe_load((ROOT / COMPOSE).read_text())["x-base"]
-    del base["environment"]
-    assert {key: billing[key] for key in base} == base
-    assert definition["networks"]["consul"]["external"] is True
-    assert (repository / "healthcheck.py").read_text() == (ROOT / "deploy/compose/healthcheck.py").read_text()
-
-
-@pytest.mark.parametrize("folder", [ROOT / "services" / "new", ROOT.parent])
-def test_a_repository_needs_a_place_of_its_own(folder: Path) -> None:
-    """A folder inside this repository, or one with something in it, is refused."""
-    refused = run(ROOT, "-m", "deploy.new_service", "billing", "8004", "--standalone", str(folder))
-    assert refused.returncode == 1
-    assert "choose a folder" in refused.stderr
+def test_the_new_service_is_a_good_citizen(made: Path, tmp_path: Path, private_consul_agent: ConsulAgent) -> None:
+    """It keeps every promise of registry.conformance: found, told apart, sick in time, back in time, drained."""
+    scratch, gone = tmp_path / "scratch", tmp_path / "gone"
+    scratch.mkdir()
+    ports = free_ports(2)
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    variables = {"TMPDIR": str(scratch), "SERVICE_HEALTH_CHECK_INTERVAL": "1"} | private_consul_agent.env()
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(billing(made, port, **variables)) for port in ports]
+        deadline = time.monotonic() + 30
+        while not all(map(answers, urls)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        findings = examine(
+            urls[0],
+            ConsulSettings(port=private_consul_agent.http_port),
+            replica=urls[1],
+            sicken=lambda: scratch.rename(gone),
+            heal=lambda: gone.rename(scratch),
+            forget=True,
+            stop=replicas[0].terminate,
+        )
+    assert [str(finding) for finding in findings if finding.verdict != "kept"] == []

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A Docker engine where none answers, on Debian and as root: for CI and for closed networks.
 #   deploy/ci/docker.sh start   installs (Debian's packages) and starts an engine and Compose, unless they are there
+#   deploy/ci/docker.sh run COMMAND…   runs it with an engine, which is ended again if none answered before
 #   deploy/ci/docker.sh stop    ends the engine that `start` started; one that was there before is left alone
 set -euo pipefail
 
@@ -15,10 +16,12 @@ ours() { # The pid of the engine that we started, if it still runs and still is 
     pid=$(cat "$pid_file" 2>/dev/null) && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == dockerd ]] && echo "$pid"
 }
 
+has_compose() { docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null; }
+
 install() { # Debian's packages, only for what is missing.
     local packages=()
     answers >/dev/null || command -v dockerd >/dev/null || packages+=(docker.io containerd runc iptables)
-    docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null || packages+=(docker-compose)
+    has_compose || packages+=(docker-compose)
     ((${#packages[@]})) || return 0
     apt-get update -qq
     # Newer releases of Debian have the client in a package of its own.
@@ -65,7 +68,18 @@ stop() {
     echo "The Docker engine has ended."
 }
 
+run() {
+    # Who can't install gets told by the command what is missing.
+    if answers >/dev/null && has_compose || ((EUID != 0)) || ! command -v apt-get >/dev/null; then
+        exec "$@"
+    fi
+    answers >/dev/null || trap stop EXIT
+    start
+    "$@"
+}
+
 case ${1-} in
 start | stop) "$1" ;;
-*) sed -n '2,4s/^# \?//p' "$0" >&2; exit 2 ;;
+run) "$@" ;;
+*) sed -n '2,5s/^# \?//p' "$0" >&2; exit 2 ;;
 esac

@@ -1,0 +1,266 @@
+"""The system under test: its own Compose project beside any other, the faults done to it, and waits for conditions.
+
+Everything blocks. Faults go through the engine's API; what is asked, is asked of Consul, the engine and the edge.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import docker
+import httpx
+from docker.models.containers import Container
+
+from deploy.compose.stack import HERE, Stack
+from deploy.services import ROOT, SERVICES, Service
+from registry import RegistryUnavailableError, ServiceRegistry
+from registry.testing.ports import free_ports
+
+PROJECT = "registry-e2e"
+BACKENDS = 3
+"""So many stand before every scene."""
+BACKEND = next(service for service in SERVICES if service.folder == "backend")
+_SUBNETS = range(100, 200)
+_PAUSE = 0.05
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> float:
+    """Returns when the condition holds, with the seconds that took. Raises: TimeoutError, naming ``what``."""
+    begun = time.monotonic()
+    while not condition():
+        if time.monotonic() - begun > seconds:
+            raise TimeoutError(f"not within {seconds:g} s: {what}")
+        time.sleep(_PAUSE)
+    return time.monotonic() - begun
+
+
+def run_in(container: Container, *command: str, **environment: str) -> str:
+    """What the command said, in a running container. Raises: AssertionError with it, when it failed."""
+    code, output = container.exec_run(list(command), environment=environment)
+    assert isinstance(output, bytes)
+    said = output.decode(errors="replace")
+    assert code == 0, f"{command[0]} in {container.name}: {said}"
+    return said
+
+
+@dataclass
+class Replica:
+    """One container of a service. Its address and state are read anew each time."""
+
+    container: Container
+    service: Service
+
+    def __str__(self) -> str:
+        return str(self.container.name)
+
+    @property
+    def host(self) -> str:
+        """Its name for itself, under which it keeps its journal."""
+        return str(self.container.id)[:12]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """As the engine has it now."""
+        self.container.reload()
+        state: dict[str, Any] = self.container.attrs["State"]
+        return state
+
+    @property
+    def address(self) -> str:
+        """In the stack's network; empty while it is in none."""
+        self.container.reload()
+        networks = self.container.attrs["NetworkSettings"]["Networks"]
+        return next((str(network["IPAddress"]) for network in networks.values() if network["IPAddress"]), "")
+
+    @property
+    def instance(self) -> str:
+        """The id under which it must be registered: its own address, nothing else."""
+        return f"{self.service.name}-{self.address}-{self.service.port}"
+
+    @property
+    def healthy(self) -> bool:
+        """What the engine's health check says, which is paused with the container."""
+        state = self.state
+        return (state["Status"], state["Health"]["Status"]) == ("running", "healthy")
+
+    @property
+    def healthy_at(self) -> float:
+        """When the engine first found it healthy, since the epoch."""
+        good = [entry for entry in self.state["Health"]["Log"] if entry["ExitCode"] == 0]
+        return datetime.fromisoformat(good[0]["End"][:26] + good[0]["End"][-6:]).timestamp()
+
+    def command(self, **faults: object) -> None:
+        """Fail like this from now on, see registry.testing.faults; without arguments: behave."""
+        run_in(self.container, "python", "-m", "registry.testing.faults", json.dumps(faults))
+
+
+class System:
+    """One Compose project with the fault overlay; made by `running`."""
+
+    def __init__(self, images: Mapping[str, str], folder: Path, rest: Mapping[str, str]) -> None:
+        """``folder``: for the journals and logs. ``rest``: more variables for Compose, which win."""
+        self.folder = folder
+        self.journals = folder / "journals"
+        self.journals.mkdir(parents=True)
+        self.journals.chmod(0o777)  # written by the containers' own user
+        self.engine = docker.from_env()
+        self.dns_port, ui_port, *ports = free_ports(2 + len(SERVICES))
+        published = {f"{service.folder.upper()}_PORT": port for service, port in zip(SERVICES, ports, strict=True)}
+        files = [HERE / "docker-compose.yml", HERE / "docker-compose.e2e.yml"]
+        self.stack = Stack(
+            {
+                "COMPOSE_PROJECT_NAME": PROJECT,
+                "COMPOSE_FILE": os.pathsep.join(str(file.relative_to(ROOT)) for file in files),
+                "NETWORK_PREFIX": self._free_prefix(),
+                "CONSUL_UI_PORT": str(ui_port),
+                "E2E_DNS_PORT": str(self.dns_port),
+                "E2E_JOURNALS": str(self.journals),
+                **{name: str(port) for name, port in published.items()},
+                **images,
+                **rest,
+            }
+        )
+        self.consul = f"http://127.0.0.1:{ui_port}"
+        self.edge = {service.name: f"http://127.0.0.1:{port}" for service, port in zip(SERVICES, ports, strict=True)}
+        self.registry = ServiceRegistry("127.0.0.1", ui_port)
+        self.http = httpx.Client(timeout=10.0, trust_env=False)
+
+    def _free_prefix(self) -> str:
+        taken = {
+            str(config.get("Subnet", ""))
+            for network in self.engine.networks.list()
+            for config in (network.attrs["IPAM"]["Config"] or ())
+        }
+        prefixes = (f"10.213.{number}" for number in _SUBNETS)
+        return next(prefix for prefix in prefixes if not any(subnet.startswith(prefix + ".") for subnet in taken))
+
+    def up(self) -> None:
+        """Builds and starts everything, and returns when all of it works."""
+        self.down()  # what a run left that was killed
+        self.stack.compose("up", "-d", "--build", "--remove-orphans", "--scale", f"backend={BACKENDS}")
+        self.settle()
+
+    def down(self) -> None:
+        """Removes every container, network and volume of the project."""
+        self.stack.compose("down", "--volumes", "--remove-orphans", "--timeout", "10")
+
+    def container(self, name: str) -> Container:
+        """The one container of this service of the compose file, stopped or not."""
+        (found,) = self.containers(name)
+        return found
+
+    def replicas(self, service: Service = BACKEND) -> list[Replica]:
+        """All of a service, stopped ones too, by name."""
+        return [Replica(container, service) for container in self.containers(service.folder)]
+
+    def containers(self, name: str | None = None) -> list[Container]:
+        labels = [f"com.docker.compose.project={PROJECT}"]
+        labels += [f"com.docker.compose.service={name}"] if name else []
+        found = self.engine.containers.list(all=True, filters={"label": labels})
+        return sorted(found, key=lambda container: str(container.name))
+
+    def free_address(self) -> str:
+        """An address of the stack's network that nobody is given by himself: the last but one."""
+        return f"{self.stack.variables['NETWORK_PREFIX']}.254"
+
+    def scale(self, backends: int) -> None:
+        """So many replicas from now on; returns when Compose is done, not when they answer."""
+        self.keep_logs("before scaling")  # which removes containers, and their logs with them
+        self.stack.compose(
+            *("up", "-d", "--no-deps", "--no-recreate", "--scale", f"backend={backends}", "backend"),
+        )
+
+    def passing(self, service: Service = BACKEND) -> set[str]:
+        """The ids that Consul says are passing; none while it can't be asked."""
+        return self._registered(service, passing=True)
+
+    def registered(self, service: Service = BACKEND) -> set[str]:
+        """The ids that Consul knows, sick ones too; none while it can't be asked."""
+        return self._registered(service, passing=False)
+
+    def _registered(self, service: Service, passing: bool) -> set[str]:
+        try:
+            return {instance.id for instance in self.registry.discover_service(service.name, passing=passing)}
+        except RegistryUnavailableError:
+            return set()
+
+    def answering(self, service: Service = BACKEND, calls: int = 12) -> set[str]:
+        """The ids that answered some calls through the edge."""
+        found = set()
+        for _ in range(calls):
+            try:
+                answer = self.http.get(f"{self.edge[service.name]}/health")
+            except httpx.TransportError:
+                continue
+            if answer.is_success:
+                found.add(answer.headers.get("X-Service-Instance", "unnamed"))
+        return found
+
+    def works(self) -> bool:
+        """Whether every container is healthy, Consul knows exactly the instances there are, and the edge them all."""
+        containers = self.containers()
+        for container in containers:
+            state = container.attrs["State"]
+            if state["Status"] != "running" or state.get("Health", {}).get("Status", "healthy") != "healthy":
+                return False
+        for service in SERVICES:
+            expected = {replica.instance for replica in self.replicas(service)}
+            if self.registered(service) != expected or self.passing(service) != expected:
+                return False
+        return all(
+            self.answering(service, 4 * len(self.replicas(service))) == self.passing(service) for service in SERVICES
+        )
+
+    def settle(self, backends: int = BACKENDS, seconds: float = 90.0) -> None:
+        """Undoes what a scene left, and returns when everything works with so many backends."""
+        for container in self.containers():
+            if container.status == "paused":
+                container.unpause()
+            elif container.status != "running":
+                container.start()
+        if len(self.replicas()) != backends:
+            self.scale(backends)
+        wait_until(self.works, seconds, f"everything works: {self.describe()}")
+
+    def describe(self) -> str:
+        """How it stands, for messages."""
+        return ", ".join(f"{container.name} {container.status}" for container in self.containers())
+
+    def cards(self) -> dict[str, int]:
+        """Title, without its spaces → how many cards in the database carry it."""
+        query = "select replace(title, ' ', '') || E'\\t' || count(*) from cards group by title"
+        psql = ["psql", "-h", "127.0.0.1", "-U", "registry", "-At", "-c", query]
+        said = run_in(self.container("postgres"), *psql, PGPASSWORD="local-only")
+        rows = (line.split("\t") for line in said.splitlines())
+        return {title: int(count) for title, count in rows}
+
+    def keep_logs(self, folder: str) -> None:
+        """Writes what every container has logged into a folder of this name."""
+        target = self.folder / "logs" / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for container in self.containers():
+            with (target / f"{container.name}.log").open("wb") as file:
+                file.write(container.logs(timestamps=True))
+
+
+@contextmanager
+def running(images: Mapping[str, str], folder: Path, rest: Mapping[str, str] | None = None) -> Iterator[System]:
+    """The system, up and working; nothing of it is left when the context ends, whatever happened."""
+    system = System(images, folder, rest or {})
+    try:
+        system.up()
+        yield system
+    except BaseException:
+        system.keep_logs("at the end")
+        raise
+    finally:
+        system.http.close()
+        system.registry.close()
+        system.down()
+        system.engine.close()

@@ -1,0 +1,60 @@
+"""Postgres stops, and comes back."""
+
+import httpx
+
+from tests.e2e.report import Row
+from tests.e2e.system import BACKEND, System, wait_until
+from tests.e2e.traffic import BY_NAME, EDGE, now, traffic
+
+INTERVAL = 2.0
+"""Seconds between two of Consul's checks, as the compose file says."""
+
+
+def test_database(system: System, scene: Row) -> None:
+    """Postgres is stopped, and started again."""
+    backends = {replica.instance for replica in system.replicas()}
+    with traffic(system) as load:
+        scene.traffic = load
+        load.go_on(300)
+        system.container("postgres").stop(timeout=10)
+        moment = now()
+        sick = wait_until(lambda: not system.passing(), 3 * INTERVAL + 4, "every backend is critical")
+        assert system.registered() == backends
+        words = said_by_orchestrator(system)
+        answer = system.http.post(
+            f"{system.edge['research-api']}/api/enrich", json={"text": "Research works without the database."}
+        )
+        assert answer.status_code == 200
+        assert answer.json()["complete"] is False
+        load.go_on_for(50)
+        system.container("postgres").start()
+        back = wait_until(lambda: system.passing() == backends, 30, "every backend passes again")
+        healed = now()
+        load.go_on()
+    scene.saw(f"critical in Consul after {sick:.1f} s, passing {back:.1f} s after the start; no card lost")
+    scene.saw(f"the orchestrator says: {words}")
+    for side in (BY_NAME, EDGE):
+        for method in ("GET", "POST"):
+            column = load.column(side, method)
+            assert {call.error for call in column.failures} <= {"HTTP 503"}, (side, method, column.report.errors)
+            assert all(moment - 11 < call.started < healed + 1 for call in column.failures), (side, method)
+            assert column.report.slower_than(6) == 0
+            assert column.duplicated == ()
+            assert column.lost == ()
+
+
+def said_by_orchestrator(system: System) -> str:
+    """What the front door says of backend-api while it is sick. Raises: TimeoutError, when it does not."""
+    words: list[str] = []
+
+    def says() -> bool:
+        try:
+            answer = system.http.get(f"{system.edge['orchestrator-api']}/api/health")
+        except httpx.TransportError:
+            return False
+        said = {each["service"]: each for each in answer.json()["services"]} if "services" in answer.json() else {}
+        words[:] = [said.get(BACKEND.name, {}).get("words", "")]
+        return answer.status_code == 503 and "database" in words[0]
+
+    wait_until(says, 10, f"the orchestrator names the database: {words}")
+    return words[0]

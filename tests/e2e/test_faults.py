@@ -1,0 +1,164 @@
+"""One of three replicas dies, hangs, is cut off, is sick or runs out of memory."""
+
+import pytest
+
+from tests.e2e.report import Row
+from tests.e2e.system import PROJECT, Replica, System, wait_until
+from tests.e2e.traffic import BY_NAME, EDGE, Column, Traffic, now, traffic
+
+BEFORE = 250
+"""Calls of every kind before the fault."""
+SLOW = 1.0
+
+
+def victim(system: System) -> Replica:
+    """The one that is hit."""
+    return system.replicas()[1]
+
+
+def check_under_way(load: Traffic, hit: Replica, moment: float) -> None:
+    """No GET failed; the only POSTs that did had reached the one that was hit, when it was; none was done twice."""
+    for side in (BY_NAME, EDGE):
+        assert load.column(side, "GET").failures == (), side
+        post = load.column(side, "POST")
+        assert [call for call in post.failures if call.id not in post.reached[hit.host]] == [], side
+        assert post.failed_after(moment + 0.1) == (), side
+        check_once(post)
+
+
+def check_once(post: Column) -> None:
+    """Nothing was done twice, and nothing that was answered is lost."""
+    assert post.duplicated == ()
+    assert post.lost == ()
+
+
+def test_kill(system: System, scene: Row) -> None:
+    """kill -9 of one of three."""
+    hit = victim(system)
+    instance = hit.instance
+    with traffic(system) as load:
+        scene.traffic = load
+        load.go_on(BEFORE)
+        moment = now()
+        hit.container.kill()
+        noticed = wait_until(lambda: instance not in system.passing(), 15, "Consul notices")
+        load.go_on()
+    scene.saw(f"critical in Consul after {noticed:.1f} s")
+    check_under_way(load, hit, moment)
+
+
+def test_out_of_memory(system: System, scene: Row) -> None:
+    """One of three is OOM-killed, and restarted by policy."""
+    hit = victim(system)
+    restarts = hit.container.attrs["RestartCount"]
+    with traffic(system) as load:
+        scene.traffic = load
+        load.go_on(BEFORE)
+        began = now()
+        hit.command(eat=True)
+
+        def restarted() -> bool:
+            hit.container.reload()
+            return bool(hit.container.attrs["RestartCount"] > restarts)
+
+        wait_until(restarted, 10, "the system ends it, the policy starts it again")
+        moment = now()
+        back = wait_until(lambda: hit.instance in system.passing() and hit.healthy, 10, "it is back")
+        load.go_on()
+    assert hit.state["OOMKilled"] or hit.state["Running"]
+    scene.saw(f"back after {back:.1f} s")
+    check_under_way(load, hit, moment)
+    assert load.column(BY_NAME, "GET").report.between(began).calls > 0
+
+
+def test_pause(system: System, scene: Row) -> None:
+    """One of three hangs (paused), and goes on later."""
+    hit = victim(system)
+    instance = hit.instance
+    with traffic(system) as load:
+        scene.traffic = load
+        load.go_on(BEFORE)
+        moment = now()
+        hit.container.pause()
+        noticed = wait_until(lambda: instance not in system.passing(), 15, "Consul notices")
+        load.go_on_for(250)
+        hit.container.unpause()
+        back = wait_until(lambda: instance in system.passing(), 15, "it is back")
+        load.go_on()
+    name_get, name_post = load.column(BY_NAME, "GET"), load.column(BY_NAME, "POST")
+    edge_get, edge_post = load.column(EDGE, "GET"), load.column(EDGE, "POST")
+    slow = [column.report.between(moment - 2).slower_than(SLOW) for column in (name_get, name_post)]
+    last = max((call.started for call in edge_post.failures), default=moment) - moment
+    scene.saw(f"critical in Consul after {noticed:.1f} s, passing {back:.1f} s after it goes on")
+    scene.saw(f"by name {slow[0]} GETs and {slow[1]} POSTs waited longer than {SLOW:g} s")
+    scene.saw(f"edge: the last POST that failed began {last:.1f} s after the pause")
+    assert name_get.failures == ()
+    assert edge_get.failures == ()
+    assert sum(slow) <= 20
+    assert all(call.seconds < 2.5 for call in name_post.failures)
+    assert name_post.failed_after(moment + 2.5) == ()
+    assert edge_post.failed_after(moment + 2.5) == ()
+    for post in (name_post, edge_post):
+        assert [call for call in post.failures if call.id not in post.reached[hit.host]] == []
+        check_once(post)
+
+
+def test_disconnect(system: System, scene: Row) -> None:
+    """One of three loses the network, and gets it back under another address."""
+    hit = victim(system)
+    before = hit.instance
+    network = system.engine.networks.get(f"{PROJECT}_default")
+    with traffic(system) as load:
+        scene.traffic = load
+        load.go_on(BEFORE)
+        moment = now()
+        network.disconnect(hit.container)
+        noticed = wait_until(lambda: before not in system.passing(), 15, "Consul notices")
+        load.go_on_for(200)
+        network.connect(hit.container, aliases=["backend"], ipv4_address=system.free_address())
+        after = hit.instance
+        back = wait_until(lambda: after in system.passing(), 30, "it is registered under its new address")
+        ghost = wait_until(lambda: before not in system.registered(), 10, "the old registration is gone")
+        load.go_on()
+    assert after != before
+    name_post, edge_post = load.column(BY_NAME, "POST"), load.column(EDGE, "POST")
+    scene.saw(f"critical in Consul after {noticed:.1f} s, registered again {back:.1f} s after it is connected")
+    scene.saw(f"the old registration gone {ghost:.1f} s after that")
+    for side in (BY_NAME, EDGE):
+        last = max((call.started for call in load.column(side, "POST").failures), default=moment) - moment
+        scene.saw(f"{side}: the last POST that failed began {last:.1f} s after the cut")
+    assert load.column(BY_NAME, "GET").failures == ()
+    assert load.column(EDGE, "GET").failed_after(moment + 2.5) == ()
+    for post in (name_post, edge_post):
+        assert post.failed_after(moment + 2.5) == ()
+        check_once(post)
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"delay": 3.0}], ids=["500", "3 s slow"])
+def test_sick(system: System, scene: Row, fault: dict[str, float]) -> None:
+    """One of three answers {fault}, and heals."""
+    hit = victim(system)
+    scene.name = "One of three answers 500, and heals" if "status" in fault else "One of three is 3 s slow, and heals"
+    with traffic(system) as load:
+        scene.traffic = load
+        load.go_on(BEFORE)
+        moment = now()
+        hit.command(**fault)
+        load.go_on(750)
+        hit.command()
+        healed = now()
+        load.go_on()
+    name_get, name_post = load.column(BY_NAME, "GET"), load.column(BY_NAME, "POST")
+    reached = name_get.reached[hit.host] | name_post.reached[hit.host]
+    sick = [call for column in (name_get, name_post) for call in column.report.between(moment + 2, healed).outcomes]
+    share = sum(call.id in reached for call in sick) / len(sick)
+    scene.saw(f"by name: its share fell to {100 * share:.1f} %")
+    for side in (BY_NAME, EDGE):
+        post = load.column(side, "POST")
+        last = max((call.started for call in post.failures), default=moment) - moment
+        scene.saw(f"{side}: the last POST that failed began {last:.1f} s after it fell ill")
+    assert share < 0.05
+    assert name_get.failures == ()
+    assert name_post.failed_after(moment + 2.5) == ()
+    for side in (BY_NAME, EDGE):
+        check_once(load.column(side, "POST"))

@@ -1,0 +1,112 @@
+"""More and fewer replicas, and new ones in place of old ones, while calls come."""
+
+from functools import partial
+
+import pytest
+
+from tests.e2e.report import Row
+from tests.e2e.system import Replica, System, wait_until
+from tests.e2e.traffic import BY_NAME, EDGE, Traffic, now, traffic
+
+STEP = 400
+"""Calls of every kind after each change of scale."""
+
+
+@pytest.mark.parametrize("backends", [1], indirect=True)
+def test_scale(system: System, scene: Row) -> None:
+    """backend scales 1 → 3 → 5 → 1."""
+    spans: list[tuple[int, float, float]] = []
+    first: dict[str, float] = {}
+    with traffic(system) as load:
+        scene.traffic = load
+        load.go_on(200)
+        for backends in (3, 5, 1):
+            system.scale(backends)
+            replicas = system.replicas()
+            wait_until(partial(all_healthy, replicas), 30, "all are healthy")
+            wait_until(partial(all_called, load, replicas), 10, "each was called")
+            first |= first_calls(load, replicas)
+            since = now()
+            load.go_on_for(STEP)
+            spans.append((backends, since, now()))
+    shares = [share for span in spans for share in relative_shares(load, *span)]
+    scene.saw(f"first call by name {max(first.values()):.1f} s after the engine found a new one healthy, at most")
+    scene.saw(f"by name, a replica's share of the calls is {min(shares):.2f} to {max(shares):.2f} of an equal one")
+    assert max(first.values()) < 3
+    assert min(shares) > 0.8
+    assert max(shares) < 1.2
+    for method in ("GET", "POST"):
+        assert load.column(BY_NAME, method).failures == ()
+    assert load.column(EDGE, "GET").failures == ()
+    for side in (BY_NAME, EDGE):
+        assert load.column(side, "POST").duplicated == ()
+        assert load.column(side, "POST").lost == ()
+    explain(load)
+
+
+def test_rolling_restart(system: System, scene: Row) -> None:
+    """All three are restarted, one after another."""
+    took = []
+    with traffic(system) as load:
+        scene.traffic = load
+        load.go_on(100)
+        for replica in system.replicas():
+            begun = now()
+            replica.container.restart(timeout=10)
+            wait_until(partial(is_back, system, replica), 30, f"{replica} is back")
+            took.append(now() - begun)
+            load.go_on_for(50)
+        load.go_on()
+    scene.saw(f"each restart took {max(took):.1f} s at most")
+    for side in (BY_NAME, EDGE):
+        for method in ("GET", "POST"):
+            column = load.column(side, method)
+            assert column.failures == (), (side, method)
+            assert column.duplicated == ()
+            assert column.lost == ()
+
+
+def all_healthy(replicas: list[Replica]) -> bool:
+    """Whether the engine says so."""
+    return all(replica.healthy for replica in replicas)
+
+
+def all_called(load: Traffic, replicas: list[Replica]) -> bool:
+    """Whether each has answered a call by name."""
+    answered = {call.instance for method in ("GET", "POST") for call in tuple(load.ended(BY_NAME, method))}
+    return answered >= {replica.instance for replica in replicas}
+
+
+def is_back(system: System, replica: Replica) -> bool:
+    """Whether Consul and the engine say so."""
+    return replica.instance in system.passing() and replica.healthy
+
+
+def first_calls(load: Traffic, replicas: list[Replica]) -> dict[str, float]:
+    """Instance → seconds from its health to its first answer by name; negative: Consul knew before the engine did."""
+    calls = [call for method in ("GET", "POST") for call in tuple(load.ended(BY_NAME, method))]
+    return {
+        instance: min(call.started + call.seconds for call in calls if call.instance == instance) - replica.healthy_at
+        for replica in replicas
+        if (instance := replica.instance)
+    }
+
+
+def relative_shares(load: Traffic, backends: int, since: float, until: float) -> list[float]:
+    """Each replica's share of the calls by name of this time, 1.0: an equal share."""
+    calls = [
+        call
+        for method in ("GET", "POST")
+        for call in load.column(BY_NAME, method).report.between(since, until).outcomes
+    ]
+    counts = dict.fromkeys({call.instance for call in calls}, 0)
+    for call in calls:
+        counts[call.instance] += 1
+    assert len(counts) == backends
+    return [count * backends / len(calls) for count in counts.values()]
+
+
+def explain(load: Traffic) -> None:
+    """POSTs through the edge may fail only when the replica that they were sent to was being removed: as 502 or 503."""
+    for call in load.column(EDGE, "POST").failures:
+        assert call.error in {"HTTP 502", "HTTP 503"}, call
