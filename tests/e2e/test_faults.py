@@ -9,6 +9,10 @@ from tests.e2e.traffic import BY_NAME, EDGE, Column, Traffic, now, traffic
 BEFORE = 250
 """Calls of every kind before the fault."""
 SLOW = 1.0
+AT_ONCE = 0.5
+"""Seconds after which no call by name may go where none is answered."""
+TWO_CHECKS = 2.5
+"""Seconds that the edge needs for two failed checks, with time to spare on a busy machine."""
 
 
 def victim(system: System) -> Replica:
@@ -96,8 +100,8 @@ def test_pause(system: System, scene: Row) -> None:
     assert edge_get.failures == ()
     assert sum(slow) <= 20
     assert all(call.seconds < 2.5 for call in name_post.failures)
-    assert name_post.failed_after(moment + 2.5) == ()
-    assert edge_post.failed_after(moment + 2.5) == ()
+    assert name_post.failed_after(moment + AT_ONCE) == ()
+    assert edge_post.failed_after(moment + TWO_CHECKS) == ()
     for post in (name_post, edge_post):
         assert [call for call in post.failures if call.id not in post.reached[hit.host]] == []
         check_once(post)
@@ -128,9 +132,10 @@ def test_disconnect(system: System, scene: Row) -> None:
         last = max((call.started for call in load.column(side, "POST").failures), default=moment) - moment
         scene.saw(f"{side}: the last POST that failed began {last:.1f} s after the cut")
     assert load.column(BY_NAME, "GET").failures == ()
-    assert load.column(EDGE, "GET").failed_after(moment + 2.5) == ()
+    assert load.column(EDGE, "GET").failed_after(moment + TWO_CHECKS) == ()
+    assert name_post.failed_after(moment + AT_ONCE) == ()
+    assert edge_post.failed_after(moment + TWO_CHECKS) == ()
     for post in (name_post, edge_post):
-        assert post.failed_after(moment + 2.5) == ()
         check_once(post)
 
 
@@ -159,6 +164,7 @@ def test_sick(system: System, scene: Row, fault: dict[str, float]) -> None:
         scene.saw(f"{side}: the last POST that failed began {last:.1f} s after it fell ill")
     assert share < 0.05
     assert name_get.failures == ()
-    assert name_post.failed_after(moment + 2.5) == ()
+    # A POST that was carried out, or may have been, is not sent again: each finds out anew, but seldom.
+    assert len(name_post.failures) <= 5
     for side in (BY_NAME, EDGE):
         check_once(load.column(side, "POST"))

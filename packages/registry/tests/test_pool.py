@@ -13,6 +13,7 @@ from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, 
 from registry import Instance, NoHealthyInstanceError
 from registry.balancing import Endpoint
 from registry.pool import (
+    DOUBT,
     EJECTION,
     FAILURES_TO_EJECT,
     KEEP_GONE,
@@ -249,6 +250,27 @@ def test_post_is_no_probe_of_what_answered_badly() -> None:
     fleet.fail("b")
     fleet.clock.tick(2 * EJECTION + 0.1)
     assert fleet.next_is("b", safe=False)
+
+
+def test_post_is_not_sent_where_the_last_answer_was_bad() -> None:
+    """For ten seconds after a bad answer, calls that can't be sent again go to the others, and safe ones find out."""
+    fleet = Fleet()
+    fleet.fail("a", 1)
+    assert fleet.picks(safe=False) == {"b", "c"}
+    assert fleet.picks(safe=True) == {"a", "b", "c"}
+    fleet.clock.tick(DOUBT)
+    assert "a" in fleet.picks(safe=False)
+    fleet.fail("a", 1)
+    fleet.answer("a")
+    assert "a" in fleet.picks(safe=False)
+
+
+def test_post_is_sent_anywhere_when_most_answered_badly() -> None:
+    """The few that have not failed last do not get the load of all the others."""
+    fleet = Fleet("abcd")
+    for name in "abc":
+        fleet.fail(name, 1)
+    assert fleet.picks(safe=False) == {"a", "b", "c", "d"}
 
 
 def test_post_may_probe_what_refused() -> None:

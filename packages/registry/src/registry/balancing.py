@@ -35,6 +35,7 @@ class Endpoint:
         "ejected_at",
         "ejected_until",
         "ejections",
+        "failed_at",
         "failures",
         "instance",
         "picks",
@@ -53,6 +54,8 @@ class Endpoint:
         """How far it is with its share of the picks: each one moves it on by 1 / weight."""
         self.failures = 0
         """Failures in a row."""
+        self.failed_at = -math.inf
+        """When it failed last, other than by refusing."""
         self.refusals = 0
         """Refused connections in a row."""
         self.ejections = 0

@@ -27,6 +27,8 @@ MAX_REFUSED = 0.8
 """A returning instance must be found within a second."""
 DEAR = 0.5
 """Seconds from which an attempt to connect was no refusal but a time-out, which is dear to find out again."""
+DOUBT = 10.0
+"""Seconds after a bad answer that calls which can't be sent again go elsewhere, to leave the finding out to others."""
 PROBE_EVERY = 0.1
 """Seconds between probes, of whichever endpoint: the retry budget pays for failed ones, and gives 10 a second."""
 KEEP_GONE = 60.0
@@ -91,6 +93,8 @@ class Pool:
             endpoint = self._half_open(tried, now) if self._open_until else self._choose(self._candidates, tried, now)
         if endpoint is None and not self._live:
             endpoint = self._choose(self._last_resort, tried, now)
+        if endpoint is not None and endpoint.failures and not safe and now < endpoint.failed_at + DOUBT:
+            endpoint = self._trusted(tried, now) or endpoint
         if endpoint is not None:
             self._turn += self._step
             endpoint.turn = min(max(endpoint.turn, self._turn - LEAD), self._turn + LEAD) + 1 / endpoint.instance.weight
@@ -129,6 +133,7 @@ class Pool:
         else:
             if endpoint.refusals:
                 self._reinstate(endpoint)
+            endpoint.failed_at = now
             endpoint.failures += 1
             serving = endpoint.ejected_until and now < endpoint.ejected_at + _ejection(endpoint.ejections)
             if endpoint.failures < FAILURES_TO_EJECT or serving:
@@ -192,6 +197,12 @@ class Pool:
             return endpoint
         untried = Candidates([endpoint for endpoint in candidates if endpoint not in tried])
         return self._pick(untried, now) if untried else None
+
+    def _trusted(self, tried: Collection[Endpoint], now: float) -> Endpoint | None:
+        """One that has not failed last; None when these are too few to carry the load of the others, too."""
+        trusted = [endpoint for endpoint in self._candidates if not endpoint.failures and endpoint not in tried]
+        enough = trusted and 2 * len(trusted) >= len(self._candidates)
+        return self._pick(Candidates(trusted), now) if enough else None
 
     def _probe(self, now: float, safe: bool) -> Endpoint | None:
         self._probed = now
