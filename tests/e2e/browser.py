@@ -1,4 +1,4 @@
-"""The browser for Consul's UI: the Chromium or Chrome that is installed, else Debian's, installed when root runs this."""
+"""The browser for Consul's UI: the Chromium or Chrome that is installed, else Debian's, where root may install it."""
 
 import os
 import shutil

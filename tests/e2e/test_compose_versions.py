@@ -1,0 +1,84 @@
+"""Compose reads the file the same way in its old version, 1.29, and in version 2."""
+
+import subprocess
+from typing import Any
+
+import yaml
+
+from deploy.compose.stack import HERE
+from deploy.services import ROOT
+from tests.e2e.system import System
+
+_INSTALL = """
+export DEBIAN_FRONTEND=noninteractive
+{ apt-get update -qq && apt-get install -y -qq --no-install-recommends docker-compose; } >&2 || exit 1
+docker-compose version --short
+"""
+_SECONDS = 240
+
+
+def test_both_versions_mean_the_same(system: System) -> None:
+    """This machine's Compose and the one of the base image's Debian, which is another, agree on all that counts."""
+    ours = system.stack.ask("version", "--short").strip()
+    theirs, _, document = in_a_container(system).partition("\n")
+    assert {ours.lstrip("v")[0], theirs.lstrip("v")[0]} == {"1", "2"}, "the two are of the same generation"
+    assert document.strip()
+    mine = read(system.stack.ask("-f", str(HERE / "docker-compose.yml"), "config"))
+    assert mine == read(document)
+    assert mine["services"].keys() >= {"consul", "postgres", "edge", "backend"}
+
+
+def in_a_container(system: System) -> str:
+    """The version and the configuration that the Compose of the base image's Debian prints, the tree mounted."""
+    variables = [
+        f"{name}={value}" for name, value in system.stack.variables.items() if not name.startswith("COMPOSE_F")
+    ]
+    command = ["docker", "run", "--rm", "--network", "host", "-v", f"{ROOT}:{ROOT}:ro", "-w", str(ROOT)]
+    command += [word for variable in variables for word in ("-e", variable)]
+    command += [system.stack.variables["PYTHON_IMAGE"], "sh", "-c"]
+    command += [f"{_INSTALL}docker-compose -f {HERE}/docker-compose.yml config"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def read(document: str) -> dict[str, Any]:
+    """What counts of a configuration, in one spelling: the two versions print some things differently."""
+    found: dict[str, Any] = yaml.safe_load(document)
+    return {
+        "services": {name: service(each) for name, each in found["services"].items()},
+        "volumes": sorted(found["volumes"]),
+        "networks": found["networks"]["default"]["ipam"]["config"],
+    }
+
+
+def service(definition: dict[str, Any]) -> dict[str, Any]:
+    """One service, in one spelling."""
+    known = dict(definition)
+    build = known.pop("build", None)
+    arguments = {name: value for name, value in build["args"].items() if value} if build else None
+    known.pop("command", None)
+    networks = (known.pop("networks", None) or {}).get("default") or {}
+    return known | {
+        "build": (build["dockerfile"], arguments) if build else None,
+        "depends_on": {name: each["condition"] for name, each in known.pop("depends_on", {}).items()},
+        "ports": sorted(map(port, known.pop("ports", []))),
+        "volumes": sorted(map(volume, known.pop("volumes", []))),
+        "networks": networks,
+    }
+
+
+def port(mapping: str | dict[str, Any]) -> tuple[str, str, str]:
+    """Address, published port and the container's."""
+    if isinstance(mapping, str):
+        address, published, target = mapping.removesuffix("/tcp").split(":")
+        return address, published, target
+    return mapping["host_ip"], str(mapping["published"]), str(mapping["target"])
+
+
+def volume(mount: str | dict[str, Any]) -> tuple[str, str, bool]:
+    """What is mounted, where, and whether it is read-only."""
+    if isinstance(mount, str):
+        source, target, *mode = mount.split(":")
+        return source, target, mode == ["ro"]
+    return mount["source"], mount["target"], mount.get("read_only", False)
