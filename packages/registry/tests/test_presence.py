@@ -15,7 +15,7 @@ import pytest
 
 from registry import ConsulSettings, Registrar, ServiceRegistry, ServiceSettings
 from registry.consul import presence
-from registry.consul.addresses import is_ours
+from registry.consul.addresses import is_loopback, is_ours
 from registry.testing.command import ServiceProcess, found, running_service, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
 
@@ -322,6 +322,52 @@ async def test_an_address_that_was_given_is_never_given_up(
     assert found(consul_agent, "behind-nat") == ["behind-nat-192.0.2.7-8002"]
     await registrar.withdraw()
     await registrar.aclose()
+
+
+@pytest.mark.parametrize(
+    ("address", "towards_consul", "warned"),
+    [
+        ("127.0.0.1", "10.0.0.7", True),
+        ("localhost", "2001:db8::7", True),
+        ("127.0.0.1", "127.0.0.1", False),
+        ("10.0.0.7", "10.0.0.7", False),
+        ("127.0.0.1", OSError("no route"), False),
+    ],
+)
+async def test_an_address_that_misleads_callers_is_told(
+    address: str,
+    towards_consul: str | OSError,
+    warned: bool,
+    consul_agent: ConsulAgent,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A loopback address with an agent elsewhere is one warning that names the way out; else there is none."""
+    answer = AsyncMock(side_effect=towards_consul if isinstance(towards_consul, OSError) else [towards_consul] * 9)
+    monkeypatch.setattr(presence, "address_towards", answer)
+    consul = ConsulSettings.model_validate({"host": "127.0.0.1", "port": consul_agent.http_port})
+    registrar = Registrar(ServiceSettings(name="misleading", port=8002, address=address), consul)
+    monkeypatch.setattr(registrar, "answers", AsyncMock(return_value=True))
+    registered = asyncio.Event()
+
+    async def stay(_: object) -> None:
+        registered.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(registrar, "_until_outdated", stay)
+    registrar.start()
+    await asyncio.wait_for(registered.wait(), 10)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert ["SERVICE_ADDRESS" in record.message for record in warnings] == [True] * warned
+    await registrar.withdraw()
+    await registrar.aclose()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "localhost", "LOCALHOST"])
+def test_loopback_is_known(address: str) -> None:
+    """Every way to write loopback is recognised."""
+    assert is_loopback(address)
+    assert not is_loopback("127.example")
 
 
 def test_a_host_knows_its_own_addresses() -> None:

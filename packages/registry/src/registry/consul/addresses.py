@@ -1,10 +1,19 @@
 """The addresses of this host."""
 
 import asyncio
+import ipaddress
 import socket
 from contextlib import suppress
 
-__all__ = ["address_towards", "is_ours"]
+__all__ = ["address_towards", "is_loopback", "is_ours"]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether it leads everybody back to his own host; looks up no name but localhost."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address.lower() == "localhost"
 
 
 def is_ours(address: str) -> bool:

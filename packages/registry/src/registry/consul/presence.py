@@ -2,17 +2,15 @@
 
 import asyncio
 import contextvars
-import dataclasses
 import logging
 import random
 from contextlib import suppress
-from urllib.parse import quote
 
 import httpx
 from consul.callback import CB
 from consul.exceptions import NotFound
 
-from registry.consul.addresses import address_towards, is_ours
+from registry.consul.addresses import address_towards, is_loopback, is_ours
 from registry.consul.connection import AsyncConsul, consul_errors
 from registry.consul.health import parse_local_health
 from registry.consul.registration import Registration
@@ -151,6 +149,7 @@ class Registrar:
                 async with self._writing:
                     await self._register(registration)
                 failures = 0
+                await self._warn_of_loopback(registration)
                 await self._until_outdated(registration)
                 logger.warning("registration in doubt: writing it again", extra={"instance": self.instance_id})
                 await asyncio.sleep(random.uniform(*REJOIN_DELAY))
@@ -179,20 +178,7 @@ class Registrar:
 
     async def _describe(self) -> Registration:
         address = self._service.address or await address_towards(self._settings.host, self._settings.port)
-        registration = Registration(
-            name=self._service.name,
-            address=address,
-            port=self._service.port,
-            tags=self._service.tags,
-            meta=self._service.meta,
-            weight=self._service.weight,
-            health_check_interval=f"{self._service.health_check_interval:g}s",
-            # A hung health endpoint blocks the whole agent for this long.
-            health_check_timeout="2s",
-        )
-        # The check names the instance: a newcomer on a reused address must not keep a ghost alive.
-        path = f"{registration.health_check_path}?instance={quote(registration.id)}"
-        return dataclasses.replace(registration, health_check_path=path)
+        return Registration.of(self._service, address)
 
     async def _until_answering(self, registration: Registration) -> None:
         loop = asyncio.get_running_loop()
@@ -221,6 +207,17 @@ class Registrar:
                     await self._consul.agent.service.deregister(former)
                 self._former.discard(former)
         logger.info("registered", extra={"instance": registration.id, "address": registration.instance.netloc})
+
+    async def _warn_of_loopback(self, registration: Registration) -> None:
+        if not is_loopback(registration.address):
+            return
+        with suppress(OSError):
+            if not is_loopback(await address_towards(self._settings.host, self._settings.port)):
+                logger.warning(
+                    "registered with a loopback address, but Consul's agent is not on loopback: whoever calls from "
+                    "another host would ask itself; unset SERVICE_ADDRESS, or set it to an address that all can reach",
+                    extra={"instance": registration.id, "address": registration.instance.netloc},
+                )
 
     async def _until_outdated(self, registration: Registration) -> None:
         """Returns when the agent forgot it, or its address is gone. Raises as soon as the agent can't be asked."""

@@ -1,11 +1,13 @@
 """What is written to Consul for one instance: the service entry and its health check."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+from urllib.parse import quote
 
 from consul import Check
 
 from registry.model import Instance
+from registry.settings import ServiceSettings
 from registry.validation import (
     check_address,
     check_duration,
@@ -52,6 +54,24 @@ class Registration:
         check_duration(self.health_check_timeout)
         if self.deregister_critical_service_after is not None:
             check_duration(self.deregister_critical_service_after)
+
+    @classmethod
+    def of(cls, service: ServiceSettings, address: str) -> Self:
+        """The instance that is reached at this address and keeps itself registered. Raises: InvalidInputError."""
+        registration = cls(
+            name=service.name,
+            address=address,
+            port=service.port,
+            tags=service.tags,
+            meta=service.meta,
+            weight=service.weight,
+            health_check_interval=f"{service.health_check_interval:g}s",
+            # A hung health endpoint blocks the whole agent for this long.
+            health_check_timeout="2s",
+        )
+        # The check names the instance: a newcomer on a reused address must not keep a ghost alive.
+        path = f"{registration.health_check_path}?instance={quote(registration.id)}"
+        return replace(registration, health_check_path=path)
 
     @property
     def id(self) -> str:
