@@ -3,14 +3,16 @@
 In a page, blocks run in order, against a Consul agent of the page's own. What a block is, its fence says:
 
 - ```` ```python ````: runs; ``print(...)  # text`` must print that text.
-- ```` ```python file=NAME ````: is written to that file.
-- ```` ```bash ````: each line runs and must succeed. What would install packages or run these very tests is only
-  checked to exist: ``pip install`` and nox sessions.
+- ```` ```python file=NAME ````, or any other language with ``file=``: is written to that file, where the reader is.
+- ```` ```bash ````: is typed into one terminal and must succeed. What would install packages or run these very tests
+  is only checked to exist: ``pip install``, environments and nox sessions.
+- ```` ```text ````: what the ``bash`` block before it must print; ``…`` stands for anything.
 - ```` ```bash background ````: each line starts a server, which must answer ``/health`` and, if it registers itself,
   be passing in Consul; the servers stop when the page ends.
+- ```` ```bash containers ````: is typed by tests/e2e, for it needs the system in containers.
 
 Ports (8500, 800x and those of the services) are replaced by free ones, so that this runs beside a running demo;
-nothing else is.
+nothing else is. A page that starts Consul itself (``agent -dev``) finds a binary that does so on the page's ports.
 """
 
 import contextlib
@@ -34,11 +36,17 @@ from deploy.services import SERVICES
 from registry import ServiceRegistry
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
+from tests.pages import Block, Shell, blocks, check_output
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("services/*/README.md")])
-_FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _DOCUMENTED_PORTS = sorted({8500, *range(8000, 8010), *(service.port for service in SERVICES)})
+# Starts a -dev agent that needs no other fixed port; every other command is Consul's own.
+_CONSUL = """#!/bin/sh
+[ "$1" = agent ] || exec {binary} "$@"
+exec {binary} "$@" -http-port={http} -server-port={server} -serf-lan-port={serf} -serf-wan-port=-1 -dns-port=-1 \\
+    -grpc-port=-1 -grpc-tls-port=-1
+"""
 
 
 def name_of(page: Path) -> str:
@@ -51,24 +59,6 @@ def program_of(command: str) -> str:
     program = shutil.which(command, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program, f"{command} is not there"
     return program
-
-
-@dataclass(frozen=True)
-class Block:
-    """One fenced block; ``line`` is where its code begins, counted from 0."""
-
-    language: str
-    options: str
-    code: str
-    line: int
-
-
-def blocks(text: str) -> list[Block]:
-    """The fenced blocks of a page, in order."""
-    return [
-        Block(found[1], found[2].strip(), found[3], text.count("\n", 0, found.start(3)))
-        for found in _FENCE.finditer(text)
-    ]
 
 
 def runs_something(page: Path) -> bool:
@@ -85,6 +75,9 @@ class Session:
     directory: Path
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
     servers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    shell: Shell | None = None
+    printed: str = ""
+    """What the last ``bash`` block printed."""
 
     def __post_init__(self) -> None:
         # Sorted, so that what is sorted by port in the documentation stays so.
@@ -98,14 +91,15 @@ class Session:
         match block.language, block.options.partition("=")[::2]:
             case "python", ("", ""):
                 self._run_python(code, block.line)
-            case "python", ("file", name):
+            case _, ("file", name):
                 (self.directory / name).write_text(code)
             case "bash", ("", ""):
-                for line in code.splitlines():
-                    self._run_command(line)
+                self._type(code)
+            case "text", ("", ""):
+                check_output(code, self.printed)
             case "bash", ("background", ""):
                 self._start_servers(code.splitlines())
-            case (("" | "mermaid" | "ini"), _):
+            case (("" | "mermaid" | "ini"), _) | ("bash", ("containers", "")):
                 pass
             case language, _:
                 raise AssertionError(f"{self.page}:{block.line}: nobody knows how to check {language} {block.options}")
@@ -117,15 +111,33 @@ class Session:
             exec(program, self.names)
         assert printed.getvalue().splitlines() == expected
 
-    def _run_command(self, line: str) -> None:
+    def _type(self, code: str) -> None:
+        typed = [line for line in code.splitlines() if not self._is_only_checked(line)]
+        if not typed:
+            return
+        if self.shell is None:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            self.shell = Shell(self.directory, os.environ | {"PATH": path})
+        self.printed = self.shell.type("\n".join(typed))
+        self.directory = self.shell.directory
+
+    def _is_only_checked(self, line: str) -> bool:
+        """Whether the line would install, or run these very tests; nox sessions are checked to exist."""
         for command in line.split("&&"):
-            words = shlex.split(command, comments=True)
-            match words:
-                case ["python3", "-m", "pip", "install", *_]:
-                    continue
+            match shlex.split(command, comments=True):
                 case ["python3", "-m", "nox", *options]:
-                    words = [sys.executable, "-m", "nox", "--list", *options]
-            subprocess.run([program_of(words[0]), *words[1:]], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+                    sessions = [sys.executable, "-m", "nox", "--list", *options]
+                    subprocess.run(sessions, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+                case (
+                    ["python3", "-m", "pip" | "venv", *_]
+                    | ["pip", "install", *_]
+                    | [".", ".venv/bin/activate"]
+                    | ["deactivate"]
+                ):
+                    pass
+                case _:
+                    return False
+        return True
 
     def _start_servers(self, lines: list[str]) -> None:
         waiting = []
@@ -167,6 +179,8 @@ class Session:
 
     def close(self) -> None:
         """Stops the servers as an operator does; fails when one does not end."""
+        if self.shell:
+            self.shell.close()
         for value in self.names.values():
             if isinstance(value, ServiceRegistry):
                 value.close()
@@ -183,13 +197,27 @@ class Session:
 
 @pytest.fixture
 def session(
-    request: pytest.FixtureRequest, private_consul_agent: ConsulAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    consul_binary: Path,
+    private_consul_agent: ConsulAgent,
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Session]:
     """The reader of one page."""
     for variable in [name for name in os.environ if name.startswith(("CONSUL_HTTP", "SERVICE_"))]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("CONSUL_HTTP_ADDR", f"localhost:{private_consul_agent.http_port}")
     monkeypatch.chdir(tmp_path)
+    if any(block.language == "bash" and "agent -dev" in block.code for block in blocks(request.param.read_text())):
+        private_consul_agent.stop()
+        server, serf = free_ports(2)
+        consul = tmp_path_factory.mktemp("bin") / "consul"
+        consul.write_text(
+            _CONSUL.format(binary=consul_binary, http=private_consul_agent.http_port, server=server, serf=serf)
+        )
+        consul.chmod(0o755)
+        monkeypatch.setenv("CONSUL_BIN", str(consul))
     session = Session(request.param, private_consul_agent, tmp_path)
     try:
         yield session

@@ -136,3 +136,7 @@ def _show_progress(building: subprocess.Popen[bytes], log: Path) -> None:
 def _say(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{find_consul()}\n")
