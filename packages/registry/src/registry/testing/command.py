@@ -14,11 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
-import psutil
 
 from registry.service_registry import ServiceRegistry
+from registry.testing import extra
 from registry.testing.agent import ConsulAgent
 from registry.testing.ports import free_ports
+
+with extra():
+    import psutil
 
 __all__ = ["ServiceProcess", "found", "running_service", "wait_until"]
 

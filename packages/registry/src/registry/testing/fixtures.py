@@ -5,10 +5,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, Unpack
 
-import pytest
-
+from registry.testing import extra
 from registry.testing.agent import ConsulAgent, find_consul, running_agent
 from registry.testing.instances import Options, RunningInstance, running_instances
+
+with extra():
+    import pytest
 
 __all__ = [
     "ConsulAgent",
