@@ -1,6 +1,7 @@
 """The front door: `nox` checks everything, `nox -s demo` shows the system at work."""
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def new_service(session: nox.Session) -> None:
     session.run("python", "-m", "deploy.new_service", *session.posargs)
     if members() != before:
         compile_lock_anywhere(session, LOCK)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build the package into dist/ and try it out as a newcomer would; `-- v0.1.0`: only if it may be released so."""
+    install(session)
+    session.run("python", "-m", "deploy.release", *session.posargs)
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    session.run("uv", "build", "--quiet", "packages/registry", "--out-dir", "dist")
+    session.run("twine", "check", "--strict", *(str(file) for file in ROOT.glob("dist/registry-*")))
+    session.run("pytest", "tests/test_release.py", "tests/release", env={"RELEASE_DIST": str(ROOT / "dist")})
 
 
 @nox.session(venv_backend="none")
