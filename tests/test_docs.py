@@ -6,7 +6,7 @@ In a page, blocks run in order, against a Consul agent of the page's own. What a
 - ```` ```python file=NAME ````, or any other language with ``file=``: is written to that file, where the reader is.
 - ```` ```bash ````: is typed into one terminal and must succeed. What would install packages or run these very tests
   is only checked to exist: ``pip install``, environments and nox sessions.
-- ```` ```text ````: what the ``bash`` block before it must print; ``…`` stands for anything.
+- ```` ```text ````: what the block before it must print; ``…`` stands for anything.
 - ```` ```bash background ````: each line starts a server, which must answer ``/health`` and, if it registers itself,
   be passing in Consul; the servers stop when the page ends.
 - ```` ```bash containers ````: is typed by tests/e2e, for it needs the system in containers.
@@ -77,7 +77,9 @@ class Session:
     servers: list[subprocess.Popen[bytes]] = field(default_factory=list)
     shell: Shell | None = None
     printed: str = ""
-    """What the last ``bash`` block printed."""
+    """What the last block printed."""
+    unread: bool = False
+    """Whether only a ``text`` block can say that this was right."""
 
     def __post_init__(self) -> None:
         # Sorted, so that what is sorted by port in the documentation stays so.
@@ -87,6 +89,7 @@ class Session:
 
     def run(self, block: Block) -> None:
         """Does what the block is there for."""
+        assert block.language == "text" or not self.unread, f"the page does not say that this is printed: {self.printed}"
         code = re.sub(rf"\b({'|'.join(self.ports)})\b", lambda found: self.ports[found[1]], block.code)
         match block.language, block.options.partition("=")[::2]:
             case "python", ("", ""):
@@ -97,6 +100,7 @@ class Session:
                 self._type(code)
             case "text", ("", ""):
                 check_output(code, self.printed)
+                self.unread = False
             case "bash", ("background", ""):
                 self._start_servers(code.splitlines())
             case (("" | "mermaid" | "ini"), _) | ("bash", ("containers", "")):
@@ -109,7 +113,10 @@ class Session:
         program = compile("\n" * line + code, str(self.page), "exec")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(program, self.names)
-        assert printed.getvalue().splitlines() == expected
+        self.printed = printed.getvalue()
+        self.unread = bool(self.printed) and not expected
+        if not self.unread:
+            assert self.printed.splitlines() == expected
 
     def _type(self, code: str) -> None:
         typed = [line for line in code.splitlines() if not self._is_only_checked(line)]
@@ -230,3 +237,4 @@ def test_code_and_commands_run(session: Session) -> None:
     """Every block of the page does what the page says."""
     for block in blocks(session.page.read_text()):
         session.run(block)
+    assert not session.unread

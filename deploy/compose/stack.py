@@ -78,13 +78,13 @@ class Stack:
 
     def compose(self, *arguments: str) -> None:
         """Runs Compose, its output shown as it comes. Raises: StackError."""
-        done = subprocess.run([*self._command, *arguments], cwd=ROOT, env=self._environment(), check=False)
+        done = subprocess.run([*self._command, *arguments], cwd=ROOT, env=self.environment(), check=False)
         if done.returncode != 0:
             raise StackError(f"`{shlex.join([*self._command, *arguments])}` failed, see above.")
 
     def ask(self, *arguments: str) -> str:
         """What Compose answers on standard output. Raises: StackError."""
-        return _ask([*self._command, *arguments], self._environment())
+        return _ask([*self._command, *arguments], self.environment())
 
     def address(self, service: str, port: int) -> str:
         """``host:port`` under which this machine reaches a published port. Raises: StackError."""
@@ -104,7 +104,8 @@ class Stack:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         return done.stdout.strip()
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """What Compose is run with."""
         return {**os.environ, **self.variables}
 
 

@@ -99,6 +99,10 @@ class Replica:
         """Fail like this from now on, see registry.testing.faults; without arguments: behave."""
         run_in(self.container, "python", "-m", "registry.testing.faults", json.dumps(faults))
 
+    def eat(self) -> None:
+        """Take memory until the system ends it, which may end the command, too."""
+        self.container.exec_run(["python", "-m", "registry.testing.faults", '{"eat": true}'])
+
 
 class System:
     """One Compose project with the fault overlay; made by `running`."""
@@ -203,19 +207,26 @@ class System:
         return found
 
     def works(self) -> bool:
-        """Whether every container is healthy, Consul knows exactly the instances there are, and the edge them all."""
+        """Whether every container is healthy, every instance passes and no other, and the edge knows them all."""
         containers = self.containers()
         for container in containers:
             state = container.attrs["State"]
             if state["Status"] != "running" or state.get("Health", {}).get("Status", "healthy") != "healthy":
                 return False
         for service in SERVICES:
-            expected = {replica.instance for replica in self.replicas(service)}
-            if self.registered(service) != expected or self.passing(service) != expected:
+            if self.passing(service) != {replica.instance for replica in self.replicas(service)}:
                 return False
         return all(
             self.answering(service, 4 * len(self.replicas(service))) == self.passing(service) for service in SERVICES
         )
+
+    def ghosts(self) -> set[str]:
+        """Registrations of instances that there are no more: Consul keeps them, as critical, for a minute or two."""
+        return {
+            instance
+            for service in SERVICES
+            for instance in self.registered(service) - {replica.instance for replica in self.replicas(service)}
+        }
 
     def settle(self, backends: int = BACKENDS, seconds: float = 90.0) -> None:
         """Undoes what a scene left, and returns when everything works with so many backends."""
@@ -227,6 +238,8 @@ class System:
         if len(self.replicas()) != backends:
             self.scale(backends)
         wait_until(self.works, seconds, f"everything works: {self.describe()}")
+        for ghost in self.ghosts():
+            self.registry.deregister_service(ghost)
 
     def describe(self) -> str:
         """How it stands, for messages."""
