@@ -11,7 +11,7 @@ nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
 nox.options.error_on_external_run = True
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "typecheck", "tests", "e2e"]
+nox.options.sessions = ["lint", "typecheck", "docs", "tests", "e2e"]
 
 ROOT = Path(__file__).parent
 LOCK = "requirements.lock"
@@ -54,6 +54,19 @@ def e2e(session: nox.Session) -> None:
         interrupt_timeout=60.0,
         terminate_timeout=60.0,
     )
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into .site/html, strictly: every link, anchor and public name has to be there."""
+    install(session)
+    session.run("python", "-m", "deploy.docs")
+
+
+@nox.session(venv_backend="none")
+def newcomer(session: nox.Session) -> None:
+    """Follow the tutorial as somebody would who has nothing yet, in less than ten minutes."""
+    session.run(sys.executable, "-m", "tests.newcomer", external=True)
 
 
 @nox.session

@@ -89,7 +89,9 @@ class Session:
 
     def run(self, block: Block) -> None:
         """Does what the block is there for."""
-        assert block.language == "text" or not self.unread, f"the page does not say that this is printed: {self.printed}"
+        assert block.language == "text" or not self.unread, (
+            f"the page does not say that this is printed: {self.printed}"
+        )
         code = re.sub(rf"\b({'|'.join(self.ports)})\b", lambda found: self.ports[found[1]], block.code)
         match block.language, block.options.partition("=")[::2]:
             case "python", ("", ""):

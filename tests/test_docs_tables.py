@@ -17,6 +17,7 @@ import registry.settings
 import registry.testing.binary
 from deploy.services import SERVICES
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
+from registry.conformance import PROMISES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -161,6 +162,26 @@ def test_dependencies_are_all_explained() -> None:
     names = {re.split(r"[\[<>=;, ]", requirement)[0] for requirement in requirements}
     documented = first_column(ROOT / "docs/dependencies.md")
     assert sorted(documented) == sorted(names)
+
+
+def rows(page: Path) -> list[list[str]]:
+    """The cells of every row of the page's tables."""
+    return [re.split(r" *\| *", line)[1:-1] for line in page.read_text().splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", ["docs/failures.md", "docs/howto/scale.md"])
+def test_figures_are_measured(page: str) -> None:
+    """Every "N of M calls failed" is what the last benchmark counted in one of its scenes."""
+    measured = {(row[2], row[1]) for row in rows(ROOT / "docs/benchmarks/README.md") if len(row) == 9}
+    said = set(re.findall(r"(\d[\d,]*) of (\d[\d,]*\d)", (ROOT / page).read_text()))
+    assert said
+    assert said <= measured
+
+
+def test_promises_are_documented() -> None:
+    """The guide to conformance has every promise, in the order and in the words of the examination."""
+    documented = [(row[0].strip("`"), row[1]) for row in rows(ROOT / "docs/howto/conformance.md")]
+    assert [row for row in documented if row[0] in PROMISES] == list(PROMISES.items())
 
 
 def anchors(page: Path) -> set[str]:
