@@ -12,7 +12,7 @@ In a page, blocks run in order, against a Consul agent of the page's own. What a
 - ```` ```bash containers ````: is typed by tests/e2e, for it needs the system in containers.
 
 Ports (8500, 800x and those of the services) are replaced by free ones, so that this runs beside a running demo;
-nothing else is. A page that starts Consul itself (``agent -dev``) finds a binary that does so on the page's ports.
+nothing else is. A page that starts Consul itself finds a binary that does so on the page's ports.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ from tests.pages import Block, Shell, blocks, check_output
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("services/*/README.md")])
-_DOCUMENTED_PORTS = sorted({8500, *range(8000, 8010), *(service.port for service in SERVICES)})
-# Starts a -dev agent that needs no other fixed port; every other command is Consul's own.
+_DOCUMENTED_PORTS = sorted({8500, 8501, *range(8000, 8010), *(service.port for service in SERVICES)})
+# Starts an agent that needs no fixed port; every other command is Consul's own.
 _CONSUL = """#!/bin/sh
 [ "$1" = agent ] || exec {binary} "$@"
 exec {binary} "$@" -http-port={http} -server-port={server} -serf-lan-port={serf} -serf-wan-port=-1 -dns-port=-1 \\
@@ -218,7 +218,8 @@ def session(
         monkeypatch.delenv(variable)
     monkeypatch.setenv("CONSUL_HTTP_ADDR", f"localhost:{private_consul_agent.http_port}")
     monkeypatch.chdir(tmp_path)
-    if any(block.language == "bash" and "agent -dev" in block.code for block in blocks(request.param.read_text())):
+    typed = [block.code for block in blocks(request.param.read_text()) if block.language == "bash"]
+    if any(re.search(r"agent -(dev|config)", code) for code in typed):
         private_consul_agent.stop()
         server, serf = free_ports(2)
         consul = tmp_path_factory.mktemp("bin") / "consul"
@@ -227,6 +228,7 @@ def session(
         )
         consul.chmod(0o755)
         monkeypatch.setenv("CONSUL_BIN", str(consul))
+        monkeypatch.setenv("PATH", f"{consul.parent}{os.pathsep}{os.environ['PATH']}")
     session = Session(request.param, private_consul_agent, tmp_path)
     try:
         yield session
