@@ -23,7 +23,7 @@ def test_scale(system: System, scene: Row) -> None:
         for backends in (3, 5, 1):
             system.scale(backends)
             replicas = system.replicas()
-            wait_until(partial(all_healthy, replicas), 30, "all are healthy")
+            wait_until(partial(all_healthy, replicas), 60, "all are healthy")
             wait_until(partial(all_called, load, replicas), 10, "each was called")
             first |= first_calls(load, replicas)
             since = now()
@@ -57,7 +57,7 @@ def test_rolling_restart(system: System, scene: Row) -> None:
         for replica in system.replicas():
             begun = now()
             replica.container.restart(timeout=10)
-            wait_until(partial(is_back, system, replica), 30, f"{replica} is back")
+            wait_until(partial(is_back, system, replica), 60, f"{replica} is back")
             took.append(now() - begun)
             load.go_on_for(50)
         load.go_on()
