@@ -30,7 +30,7 @@ def test_commands(system: System, page: Path, block: Block, tmp_path: Path) -> N
         code = code.replace(f"localhost:{service.port}", system.edge[service.name].removeprefix("http://"))
     shell = Shell(ROOT, system.stack.environment())
     try:
-        shell.type(f"docker-compose() {{ {shlex.join(compose_command())} \"$@\"; }}")
+        shell.type(f'docker-compose() {{ {shlex.join(compose_command())} "$@"; }}')
         printed = shell.type(code, 120.0)
     finally:
         shell.close()
