@@ -96,10 +96,16 @@ def _leaves(node: Any) -> Iterator[str]:
 def _missing_in_reference(html: Path) -> Iterator[str]:
     text = "".join(page.read_text() for page in html.glob("docs/reference/*.html"))
     documented = set(re.findall(r'\bid="([\w.]+)"', text))
-    for module in PUBLIC:
-        for name in importlib.import_module(module).__all__:
-            if f"{module}.{name}" not in documented:
-                yield f"{module}.{name} is not in docs/reference: add `::: {module}.{name}` to a page."
+    public = {
+        f"{module}.{name}": getattr(importlib.import_module(module), name)
+        for module in PUBLIC
+        for name in importlib.import_module(module).__all__
+    }
+    present = [thing for path, thing in public.items() if path in documented]
+    for path, thing in public.items():
+        # One entry is enough for what two modules offer.
+        if not any(thing is each for each in present):
+            yield f"{path} is not in docs/reference: add `::: {path}` to a page."
 
 
 def _loaded_from_elsewhere(html: Path) -> Iterator[str]:
