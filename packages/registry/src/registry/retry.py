@@ -115,13 +115,11 @@ class RetryPolicy:
     def allows(self, failure: Failure, *, idempotent: bool, replayable: bool) -> bool:
         """Whether this failure may be followed by another attempt at all.
 
-        =========  ===========================  ==================================
-        failure    idempotent                   not idempotent
-        =========  ===========================  ==================================
-        not sent   if the body can be replayed  if the body can be replayed
-        sent       if the body can be replayed  never
-        refused    never                        never
-        =========  ===========================  ==================================
+        | failure  | idempotent                  | not idempotent              |
+        |----------|-----------------------------|-----------------------------|
+        | not sent | if the body can be replayed | if the body can be replayed |
+        | sent     | if the body can be replayed | never                       |
+        | refused  | never                       | never                       |
         """
         if failure is Failure.REFUSED or not replayable:
             return False
