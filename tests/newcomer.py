@@ -34,11 +34,11 @@ def main() -> int:
         begun = time.monotonic()
         try:
             _follow(shell, begun)
+            seconds = time.monotonic() - begun
         finally:
             shell.close()
             # Go's modules are read-only.
             subprocess.run(["chmod", "-R", "u+w", name], check=False)
-    seconds = time.monotonic() - begun
     _say(f"\nFollowed to the end in {seconds:.0f} s.\n")
     return 0 if seconds < LIMIT else 1
 

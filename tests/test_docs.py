@@ -105,7 +105,7 @@ class Session:
                 self.unread = False
             case "bash", ("background", ""):
                 self._start_servers(code.splitlines())
-            case (("" | "mermaid" | "ini"), _) | ("bash", ("containers", "")):
+            case (("" | "ini"), _) | ("bash", ("containers", "")):
                 pass
             case language, _:
                 raise AssertionError(f"{self.page}:{block.line}: nobody knows how to check {language} {block.options}")
