@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from tests.e2e.report import Row
-from tests.e2e.system import Replica, System, wait_until
+from tests.e2e.system import Replica, System, run_in, wait_until
 from tests.e2e.traffic import BY_NAME, EDGE, Traffic, now, traffic
 
 STEP = 400
@@ -56,7 +56,7 @@ def test_rolling_restart(system: System, scene: Row) -> None:
         load.go_on(100)
         for replica in system.replicas():
             begun = now()
-            replica.container.restart(timeout=10)
+            restart_watched(system, replica)
             wait_until(partial(is_back, system, replica), 60, f"{replica} is back")
             took.append(now() - begun)
             load.go_on_for(50)
@@ -68,6 +68,16 @@ def test_rolling_restart(system: System, scene: Row) -> None:
             assert column.failures == (), (side, method)
             assert column.duplicated == ()
             assert column.lost == ()
+
+
+def restart_watched(system: System, replica: Replica) -> None:
+    """Restarts it in good order: it leaves Consul at once, and serves on after that."""
+    instance = replica.instance
+    with ThreadPoolExecutor(1) as pool:
+        restarted = pool.submit(replica.container.restart, timeout=10)
+        wait_until(lambda: instance not in system.registered(), 5, f"{replica} leaves Consul")
+        run_in(replica.container, "python", "-IS", "/app/healthcheck.py")
+        restarted.result()
 
 
 def all_healthy(replicas: list[Replica]) -> bool:
