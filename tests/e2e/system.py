@@ -147,7 +147,9 @@ class System:
     def up(self) -> None:
         """Builds and starts everything, and returns when all of it works."""
         self.down()  # what a run left that was killed
-        self.stack.compose("up", "-d", "--build", "--remove-orphans", "--scale", f"backend={BACKENDS}")
+        # First, for the client runs the image of a service and has none to build.
+        self.stack.compose("build")
+        self.stack.compose("up", "-d", "--remove-orphans", "--scale", f"backend={BACKENDS}")
         self.settle()
 
     def down(self) -> None:

@@ -1,5 +1,6 @@
 """More and fewer replicas, and new ones in place of old ones, while calls come."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
