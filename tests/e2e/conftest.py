@@ -60,7 +60,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         )
         write(rows, head, FOLDER / "report.md")
         if config.getoption("--publish"):
-            write(rows, head, PUBLISHED / "README.md")
+            picture = "Consul's UI, opened by one of the scenes:\n\n![Three healthy backends](consul-ui.png)"
+            write(rows, f"{head}\n\n{picture}", PUBLISHED / "README.md")
 
 
 @pytest.fixture(scope="session")
