@@ -28,7 +28,7 @@ WITHDRAW_TIMEOUT = 2.0
 PROBE_TIMEOUT = 1.0
 SIBLING_TIMEOUT = 1.0
 """Seconds for a sibling process to show that it still serves this instance, before we withdraw it."""
-REJOIN_DELAY = 0.1, 0.2
+REJOIN_DELAY = 0.3, 0.5
 """Seconds, from and to. Siblings that are being stopped together must not bring each other back. (After a restart of
 the agent, where all its services come at once, the back-off spreads them.)"""
 SILENCE_BEFORE_WARNING = 5.0
