@@ -107,8 +107,8 @@ class Replica:
 class System:
     """One Compose project with the fault overlay; made by `running`."""
 
-    def __init__(self, images: Mapping[str, str], folder: Path, rest: Mapping[str, str]) -> None:
-        """``folder``: for the journals and logs. ``rest``: more variables for Compose, which win."""
+    def __init__(self, images: Mapping[str, str], folder: Path) -> None:
+        """``folder``: for the journals and logs."""
         self.folder = folder
         self.journals = folder / "journals"
         self.journals.mkdir(parents=True)
@@ -127,7 +127,6 @@ class System:
                 "E2E_JOURNALS": str(self.journals),
                 **{name: str(port) for name, port in published.items()},
                 **images,
-                **rest,
             }
         )
         self.consul = f"http://127.0.0.1:{ui_port}"
@@ -166,6 +165,7 @@ class System:
         return [Replica(container, service) for container in self.containers(service.folder)]
 
     def containers(self, name: str | None = None) -> list[Container]:
+        """All of the project, or of one service of the compose file, stopped ones too, by name."""
         labels = [f"com.docker.compose.project={PROJECT}"]
         labels += [f"com.docker.compose.service={name}"] if name else []
         found = self.engine.containers.list(all=True, filters={"label": labels})
@@ -215,11 +215,14 @@ class System:
             state = container.attrs["State"]
             if state["Status"] != "running" or state.get("Health", {}).get("Status", "healthy") != "healthy":
                 return False
-        for service in SERVICES:
-            if self.passing(service) != {replica.instance for replica in self.replicas(service)}:
-                return False
-        return all(
+        return self.everyone_passes() and all(
             self.answering(service, 4 * len(self.replicas(service))) == self.passing(service) for service in SERVICES
+        )
+
+    def everyone_passes(self) -> bool:
+        """Whether every instance passes under its own address, and nobody else does."""
+        return all(
+            self.passing(service) == {replica.instance for replica in self.replicas(service)} for service in SERVICES
         )
 
     def ghosts(self) -> set[str]:
@@ -265,9 +268,9 @@ class System:
 
 
 @contextmanager
-def running(images: Mapping[str, str], folder: Path, rest: Mapping[str, str] | None = None) -> Iterator[System]:
+def running(images: Mapping[str, str], folder: Path) -> Iterator[System]:
     """The system, up and working; nothing of it is left when the context ends, whatever happened."""
-    system = System(images, folder, rest or {})
+    system = System(images, folder)
     try:
         system.up()
         yield system

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import httpx
 
-from deploy.services import SERVICES
 from tests.e2e.report import Row
 from tests.e2e.system import System, run_in, wait_until
 from tests.e2e.traffic import BY_NAME, EDGE, now, traffic
@@ -21,13 +20,6 @@ def leads(system: System) -> bool:
         return False
 
 
-def everyone_passes(system: System) -> bool:
-    """Whether every instance is registered under its own address, and nobody else is."""
-    return all(
-        system.passing(service) == {replica.instance for replica in system.replicas(service)} for service in SERVICES
-    )
-
-
 def play(system: System, scene: Row, before_kill: Callable[[], object]) -> None:
     """Kills Consul under load, starts it again, and checks what no caller by name may notice."""
     with traffic(system) as load:
@@ -39,7 +31,7 @@ def play(system: System, scene: Row, before_kill: Callable[[], object]) -> None:
         system.container("consul").start()
         led = wait_until(lambda: leads(system), 30, "Consul leads")
         begun = now()
-        back = wait_until(lambda: everyone_passes(system), 10, "everyone is registered again")
+        back = wait_until(system.everyone_passes, 10, "everyone is registered again")
         load.go_on()
         assert now() > begun
     scene.saw(f"leads after {led:.1f} s, all registered {back:.1f} s after that")

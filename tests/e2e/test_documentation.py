@@ -22,7 +22,7 @@ def name(value: Path | Block) -> str:
 
 
 @pytest.mark.parametrize(("page", "block"), COMMANDS, ids=name)
-def test_commands(system: System, page: Path, block: Block, tmp_path: Path) -> None:
+def test_commands(system: System, page: Path, block: Block) -> None:
     """Each block succeeds; one that scales and then calls is answered by every replica."""
     system.settle()
     code = block.code

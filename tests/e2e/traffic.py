@@ -45,10 +45,6 @@ class Column:
         """Those that failed though they began after this."""
         return self.report.between(moment).failures
 
-    def first_answer(self, instance: str) -> float:
-        """When this instance's first answer arrived."""
-        return min(each.started + each.seconds for each in self.report.outcomes if each.instance == instance)
-
 
 class Caller:
     """One process of caller.py, and what it has told so far."""
