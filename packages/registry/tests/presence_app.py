@@ -16,9 +16,18 @@ directory = os.environ["DIRECTORY"]
 journal = os.open(f"{directory}/journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
+def is_first() -> bool:
+    """Whether no other worker has started yet."""
+    try:
+        os.close(os.open(f"{directory}/first", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
 @asynccontextmanager
 async def own_lifespan(app: FastAPI) -> AsyncIterator[None]:
-    await asyncio.sleep(float(os.environ.get("STARTUP_SECONDS", "0")))
+    await asyncio.sleep(float(os.environ.get("STARTUP_SECONDS" if is_first() else "LATER_STARTUP_SECONDS", "0")))
     yield
     logging.getLogger("app").info("own lifespan left")
 

@@ -117,6 +117,19 @@ def test_sigterm_during_startup_leaves_nothing_behind(service: Start, consul_age
     assert found(consul_agent, "aborted", passing=False) == []
 
 
+def test_a_worker_that_still_starts_brings_nothing_back(service: Start, consul_agent: ConsulAgent) -> None:
+    """SIGTERM reaches one worker at work and one that is starting: the late one does not undo what the other did."""
+    one = service("late", consul_agent, *TWO_WORKERS, LATER_STARTUP_SECONDS="1.5", SERVICE_DRAIN_SECONDS="4")
+    wait_until(lambda: one.is_found() and one.log.count("Waiting for application startup") == 2)
+    one.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not one.is_found(), 2)
+    while one.log.count("Application startup complete") < 2 or one.log.count("own lifespan left") < 1:
+        assert not one.is_found()
+    assert one.log.count("INFO registered") == 1
+    one.process.wait(10)
+    assert found(consul_agent, "late", passing=False) == []
+
+
 async def test_rolling_restarts_under_load_lose_and_double_nothing(
     consul_agent: ConsulAgent, instances: Instances
 ) -> None:

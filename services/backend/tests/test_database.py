@@ -1,5 +1,6 @@
 import asyncio
 import logging
+import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -76,6 +77,24 @@ async def test_a_locked_database_is_503_and_recovers(replica: Replica, database_
     assert (await backend.get("/api/cards")).json()["total"] == 0
     blocker.close()
     assert (await backend.post("/api/publish", json={"title": "t", "text": "t"})).status_code == 201
+
+
+async def test_a_silent_database_keeps_nobody_longer_than_the_timeout() -> None:
+    """Those who wait for a connection of the pool, and then for the database, wait one time-out and not two."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        database = Database(f"postgresql://user:secret@127.0.0.1:{silent.getsockname()[1]}/cards", timeout=1.0)
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+
+        async def seconds() -> float:
+            with pytest.raises(DatabaseUnavailableError):
+                await database.ping()
+            return loop.time() - begun
+
+        took = await asyncio.gather(*(seconds() for _ in range(40)))
+        await database.aclose()
+    assert min(took) > 0.9
+    assert max(took) < 1.8
 
 
 async def test_health_names_the_sick_database(replica: Replica, database_file: Path) -> None:

@@ -23,8 +23,8 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
     """A router with ``GET /health``: 200 when every named check returns within ``timeout`` seconds, else 503.
 
     The body is the same: ``{"status": "healthy", "components": {"database": {"status": "healthy"}}}``. Checks run side
-    by side. Asked for ``?instance=<id>`` of another instance it answers 404, so that a reused address keeps no ghost
-    registered. Consul reads the status code only.
+    by side. Asked for ``?instance=<id>`` of another instance, or of its own once that was withdrawn, it answers 404, so
+    that nobody keeps a ghost registered. Consul reads the status code only.
 
     Raises: TypeError, when a check is not an async function.
     """
@@ -45,7 +45,8 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
     async def health(request: Request, instance: str | None = None) -> JSONResponse:
         registrar: Registrar | None = getattr(request.app.state, "registrar", None)
         if instance is not None and registrar is not None and not registrar.serves(instance):
-            return JSONResponse({"detail": f"this is {registrar.instance_id}"}, status_code=404)
+            own = f"this is {registrar.instance_id}{', and it is leaving' if registrar.leaving else ''}"
+            return JSONResponse({"detail": own}, status_code=404)
         states = await asyncio.gather(*(_state(name, check, timeout) for name, check in checks.items()))
         components = dict(zip(checks, states, strict=True))
         healthy = all(state["status"] == "healthy" for state in states)

@@ -85,12 +85,13 @@ class Database:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
-        """A session that is rolled back unless it was committed.
+        """A session that is rolled back unless it was committed. All of it, waiting for a connection, connecting and
+        its statements, may take ``timeout`` seconds together.
 
         Raises: DatabaseUnavailableError, when the database is away or hangs. IntegrityError, as it is.
         """
         try:
-            async with self._sessions() as session:
+            async with asyncio.timeout(self._timeout), self._sessions() as session:
                 yield session
         except (IntegrityError, DataError, ProgrammingError):  # the database answered: it is there
             raise

@@ -72,8 +72,11 @@ class Registrar:
         return self._withdrawal is not None
 
     def serves(self, instance_id: str) -> bool:
-        """Whether this process is that instance; not any more once it closes."""
-        return instance_id == self.instance_id and not self._closing
+        """Whether this process is that instance; not any more once it leaves or closes.
+
+        Only siblings ask then: one that has not heard yet that all are stopped must not register it again.
+        """
+        return instance_id == self.instance_id and not self.leaving and not self._closing
 
     def start(self) -> None:
         """Begins in the background; never blocks and never fails."""
