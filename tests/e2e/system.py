@@ -30,12 +30,15 @@ _SUBNETS = range(100, 200)
 _PAUSE = 0.05
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> float:
-    """Returns when the condition holds, with the seconds that took. Raises: TimeoutError, naming ``what``."""
+def wait_until(
+    condition: Callable[[], object], seconds: float, what: str, how_it_stands: Callable[[], object] = lambda: ""
+) -> float:
+    """Returns when the condition holds, with the seconds that took. Raises: TimeoutError, which says what it waited for
+    and how that stood at the end."""
     begun = time.monotonic()
     while not condition():
         if time.monotonic() - begun > seconds:
-            raise TimeoutError(f"not within {seconds:g} s: {what}")
+            raise TimeoutError(f"not within {seconds:g} s: {what}. {how_it_stands()}")
         time.sleep(_PAUSE)
     return time.monotonic() - begun
 
@@ -242,7 +245,7 @@ class System:
                 container.start()
         if len(self.replicas()) != backends:
             self.scale(backends)
-        wait_until(self.works, seconds, f"everything works: {self.describe()}")
+        wait_until(self.works, seconds, "everything works", self.describe)
         for ghost in self.ghosts():
             self.registry.deregister_service(ghost)
 

@@ -61,5 +61,5 @@ def said_by_orchestrator(system: System) -> str:
         words[:] = [said.get(BACKEND.name, {}).get("words", "")]
         return answer.status_code == 503 and "database" in words[0]
 
-    wait_until(says, 10, f"the orchestrator names the database: {words}")
+    wait_until(says, 10, "the orchestrator names the database", lambda: words)
     return words[0]
