@@ -1,6 +1,5 @@
 import asyncio
 import logging
-import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from sqlalchemy import create_mock_engine
 from sqlalchemy.schema import ExecutableDDLElement
 
-from backend.database import Database, DatabaseUnavailableError
+from backend.database import CONNECTIONS, Database, DatabaseUnavailableError
 from backend.models import Base
 
 Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
@@ -66,6 +65,13 @@ async def test_an_unreachable_database_is_a_clear_error(caplog: pytest.LogCaptur
     await database.aclose()
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite+aiosqlite:///:memory:"])
+def test_a_database_in_memory_is_refused(url: str) -> None:
+    """Replicas could not share it."""
+    with pytest.raises(ValueError, match="name a file"):
+        Database(url)
+
+
 async def test_a_locked_database_is_503_and_recovers(replica: Replica, database_file: Path) -> None:
     """While another process holds the write lock, writing is 503 within the time-out; then it works again."""
     backend = await replica(database_timeout=0.1)
@@ -80,9 +86,11 @@ async def test_a_locked_database_is_503_and_recovers(replica: Replica, database_
 
 
 async def test_a_silent_database_keeps_nobody_longer_than_the_timeout() -> None:
-    """Those who wait for a connection of the pool, and then for the database, wait one time-out and not two."""
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
-        database = Database(f"postgresql://user:secret@127.0.0.1:{silent.getsockname()[1]}/cards", timeout=1.0)
+    """Those who connect wait one time-out, those who wait for them half of it, and nobody connects on top of those."""
+    connections: list[asyncio.StreamWriter] = []
+    async with await asyncio.start_server(lambda _, writer: connections.append(writer), "127.0.0.1", 0) as silent:
+        port = silent.sockets[0].getsockname()[1]
+        database = Database(f"postgresql://user:secret@127.0.0.1:{port}/cards", timeout=1.0)
         loop = asyncio.get_running_loop()
         begun = loop.time()
 
@@ -91,10 +99,16 @@ async def test_a_silent_database_keeps_nobody_longer_than_the_timeout() -> None:
                 await database.ping()
             return loop.time() - begun
 
-        took = await asyncio.gather(*(seconds() for _ in range(40)))
+        took = sorted(await asyncio.gather(*(seconds() for _ in range(40))))
         await database.aclose()
-    assert min(took) > 0.9
-    assert max(took) < 1.8
+        for connection in connections:
+            connection.close()
+    assert len(connections) == CONNECTIONS
+    queued, connecting = took[:-CONNECTIONS], took[-CONNECTIONS:]
+    assert queued[0] > 0.45
+    assert queued[-1] < 0.9
+    assert connecting[0] > 0.9
+    assert connecting[-1] < 1.8
 
 
 async def test_health_names_the_sick_database(replica: Replica, database_file: Path) -> None:

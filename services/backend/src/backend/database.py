@@ -18,6 +18,8 @@ _log = logging.getLogger("backend")
 _ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 # asyncpg raises the operating system's errors and time-outs as they are, all of them OSError.
 _FAILURES = (DBAPIError, PoolTimeoutError, OSError)
+CONNECTIONS = 4
+"""How many each process has at most. Postgres allows 97 in all by default: enough for 24 processes."""
 
 
 class DatabaseUnavailableError(Exception):
@@ -38,14 +40,28 @@ def _connect_args(url: URL, timeout: float) -> dict[str, Any]:
 
 
 class Database:
-    """The tables of backend-api behind a connection pool; several processes may share one database or SQLite file."""
+    """The tables of backend-api behind a connection pool; several processes may share one database or SQLite file.
+
+    Raises: ValueError, for a URL that can't be used.
+    """
 
     def __init__(self, url: str, timeout: float = 5.0, start_seconds: float = 15.0) -> None:
         parsed = _with_driver(url)
+        if parsed.get_backend_name() == "sqlite" and parsed.database in {None, "", ":memory:"}:
+            raise ValueError(
+                f"{url} is a database in memory, another one in each process: name a file, sqlite:///cards.db"
+            )
         self._timeout = timeout
         self._start_seconds = start_seconds
+        # A cut-off statement costs its connection, and a new one costs more than the work did: an overload that cuts
+        # off work feeds itself. So few connections, and who can't have one soon gets his 503 from the queue, unserved.
         self._engine = create_async_engine(
-            parsed, connect_args=_connect_args(parsed, timeout), pool_timeout=timeout, pool_pre_ping=True
+            parsed,
+            connect_args=_connect_args(parsed, timeout),
+            pool_size=CONNECTIONS,
+            max_overflow=0,
+            pool_timeout=timeout / 2,
+            pool_pre_ping=True,
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 
@@ -85,8 +101,8 @@ class Database:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
-        """A session that is rolled back unless it was committed. All of it, waiting for a connection, connecting and
-        its statements, may take ``timeout`` seconds together.
+        """A session that is rolled back unless it was committed. All of it may take ``timeout`` seconds together:
+        connecting and its statements; half of them is the longest wait for a connection that others use.
 
         Raises: DatabaseUnavailableError, when the database is away or hangs. IntegrityError, as it is.
         """

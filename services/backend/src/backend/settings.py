@@ -13,6 +13,6 @@ class Settings(ServiceSettings):
     database_url: str = Field(default="sqlite+aiosqlite:///backend.db", validation_alias="DATABASE_URL")
     """SQLAlchemy URL. ``sqlite://`` and ``postgresql://`` get their asynchronous driver by themselves."""
     database_timeout: float = Field(default=5.0, gt=0, validation_alias="DATABASE_TIMEOUT")
-    """Seconds that a session may take before it is a 503: connecting, and its statements, together."""
+    """Seconds that a session may take before it is a 503: connecting and its statements together."""
     enrich_timeout: float = Field(default=2.0, gt=0)
     """Seconds that publishing waits for suggestions before it goes on without them."""
