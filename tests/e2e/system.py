@@ -248,6 +248,7 @@ class System:
         wait_until(self.works, seconds, "everything works", self.describe)
         for ghost in self.ghosts():
             self.registry.deregister_service(ghost)
+        self._query("truncate cards")  # a search reads all of them: the last scene would bear the cards of all before
 
     def describe(self) -> str:
         """How it stands, for messages."""
@@ -255,11 +256,13 @@ class System:
 
     def cards(self) -> dict[str, int]:
         """Title, without its spaces → how many cards in the database carry it."""
-        query = "select replace(title, ' ', '') || E'\\t' || count(*) from cards group by title"
-        psql = ["psql", "-h", "127.0.0.1", "-U", "registry", "-At", "-c", query]
-        said = run_in(self.container("postgres"), *psql, PGPASSWORD="local-only")
+        said = self._query("select replace(title, ' ', '') || E'\\t' || count(*) from cards group by title")
         rows = (line.split("\t") for line in said.splitlines())
         return {title: int(count) for title, count in rows}
+
+    def _query(self, statement: str) -> str:
+        psql = ["psql", "-h", "127.0.0.1", "-U", "registry", "-At", "-c", statement]
+        return run_in(self.container("postgres"), *psql, PGPASSWORD="local-only")
 
     def keep_logs(self, folder: str) -> None:
         """Writes what every container has logged into a folder of this name."""

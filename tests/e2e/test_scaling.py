@@ -7,7 +7,7 @@ import pytest
 
 from tests.e2e.report import Row
 from tests.e2e.system import Replica, System, run_in, wait_until
-from tests.e2e.traffic import BY_NAME, EDGE, Column, Traffic, now, traffic
+from tests.e2e.traffic import BY_NAME, EDGE, Traffic, now, traffic
 
 STEP = 200
 """Calls of every kind after each change of scale."""
@@ -42,10 +42,9 @@ def test_scale(system: System, scene: Row) -> None:
     assert latest < 3
     assert min(shares) > 0.8
     assert max(shares) < 1.2
-    for method in ("GET", "POST"):
-        assert load.column(BY_NAME, method).failures == ()
-    check_refused_by_edge(load.column(EDGE, "GET"))
+    assert load.column(BY_NAME, "POST").failures == ()
     for side in (BY_NAME, EDGE):
+        assert load.column(side, "GET").failures == ()
         assert load.column(side, "POST").duplicated == ()
         assert load.column(side, "POST").lost == ()
     explain(load)
@@ -68,10 +67,7 @@ def test_rolling_restart(system: System, scene: Row) -> None:
     for side in (BY_NAME, EDGE):
         for method in ("GET", "POST"):
             column = load.column(side, method)
-            if side == EDGE:
-                check_refused_by_edge(column)
-            else:
-                assert column.failures == (), (side, method)
+            assert column.failures == (), (side, method)
             assert column.duplicated == ()
             assert column.lost == ()
 
@@ -124,16 +120,6 @@ def relative_shares(load: Traffic, backends: int, since: float, until: float) ->
         counts[call.instance] += 1
     assert len(counts) == backends
     return [count * backends / len(calls) for count in counts.values()]
-
-
-def check_refused_by_edge(column: Column) -> None:
-    """None failed, but for a few that the edge refused at once, unsent: starting replicas starve the others on two
-    cores, and it has marked one down that did not answer two checks of 400 ms.
-    """
-    assert len(column.failures) <= 0.005 * column.report.calls, column.report.errors
-    for call in column.failures:
-        assert (call.error, call.instance) == ("HTTP 503", None), call
-        assert not any(call.id in reached for reached in column.reached.values()), call
 
 
 def explain(load: Traffic) -> None:
