@@ -30,6 +30,12 @@ install() { # Debian's packages, only for what is missing.
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >&2
 }
 
+weigh() { # Where no systemd puts them elsewhere, all containers together count as one process of the host: not enough.
+    local group=/sys/fs/cgroup/cpu/docker file=cpu.shares
+    [[ -d ${group%/*} ]] || { group=/sys/fs/cgroup/docker file=cpu.weight; }
+    mkdir -p "$group" && [[ ! -w $group/$file ]] || echo 10000 >"$group/$file"
+}
+
 start() {
     install
     if version=$(answers); then
@@ -37,6 +43,7 @@ start() {
         return
     fi
     mkdir -p "$state"
+    weigh
     # Its own session, no inherited descriptors: it must neither end with us nor keep a pipe of ours open.
     setsid dockerd --pidfile "$pid_file" >"$log" 2>&1 </dev/null &
     local engine=$! deadline=$((SECONDS + 60))

@@ -78,7 +78,8 @@ def restart_watched(system: System, replica: Replica) -> None:
     with ThreadPoolExecutor(1) as pool:
         restarted = pool.submit(replica.container.restart, timeout=10)
         wait_until(lambda: instance not in system.registered(), 5, f"{replica} leaves Consul")
-        run_in(replica.container, "python", "-IS", "/app/healthcheck.py")
+        search = f"http://127.0.0.1:{replica.service.port}/api/cards"
+        run_in(replica.container, "python", "-c", f"from urllib.request import urlopen; urlopen('{search}')")
         restarted.result()
 
 

@@ -65,6 +65,8 @@ def test_sigterm_withdraws_then_drains_then_stops(service: Start, consul_agent: 
         answer = one.http.get("/pid")
         assert (answer.status_code, answer.headers["Connection"]) == (200, "close")
         assert not one.is_found()
+    health = one.http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "leaving")
     one.process.wait(10)
     assert 1.5 <= time.monotonic() - begun < 6
     assert found(consul_agent, name, passing=False) == []

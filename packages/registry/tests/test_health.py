@@ -99,7 +99,7 @@ def test_blocking_checks_are_refused(check: Any) -> None:
 
 
 async def test_answers_only_for_itself() -> None:
-    """The check of another instance is 404; so is any, while the own id is unknown or the process is closing."""
+    """The check of another instance is 404; so is any, while the own id is unknown, and once the instance leaves."""
     registrar = Registrar(ServiceSettings(name="cards", port=8002, address="10.0.0.7"))
     assert (await ask("/health", registrar)).status_code == 200
     assert (await ask("/health?instance=cards-10.0.0.7-8002", registrar)).status_code == 404
@@ -108,7 +108,8 @@ async def test_answers_only_for_itself() -> None:
     assert (await ask("/health?instance=cards-10.0.0.7-8003", registrar)).status_code == 404
     await registrar.aclose()
     assert (await ask("/health?instance=cards-10.0.0.7-8002", registrar)).status_code == 404
-    assert (await ask("/health", registrar)).status_code == 200
+    leaving = await ask("/health", registrar)
+    assert (leaving.status_code, leaving.json()) == (503, {"status": "leaving", "components": {}})
 
 
 async def test_without_presence_every_id_is_answered() -> None:

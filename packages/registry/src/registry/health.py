@@ -24,7 +24,9 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
 
     The body is the same: ``{"status": "healthy", "components": {"database": {"status": "healthy"}}}``. Checks run side
     by side. Asked for ``?instance=<id>`` of another instance, or of its own once that was withdrawn, it answers 404, so
-    that nobody keeps a ghost registered. Consul reads the status code only.
+    that nobody keeps a ghost registered. Consul reads the status code only. An instance that was told to stop answers
+    503, ``{"status": "leaving", "components": {}}``, while it serves on, so that a load balancer with checks of its own
+    takes it out meanwhile.
 
     Raises: TypeError, when a check is not an async function.
     """
@@ -38,7 +40,7 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
         tags=["health"],
         summary="Whether this instance can work",
         responses={
-            503: {"description": "A component is sick; the body says which"},
+            503: {"description": "A component is sick, the body says which; or the instance was told to stop"},
             404: {"description": "Not me"},
         },
     )
@@ -47,6 +49,8 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
         if instance is not None and registrar is not None and not registrar.serves(instance):
             own = f"this is {registrar.instance_id}{', and it is leaving' if registrar.leaving else ''}"
             return JSONResponse({"detail": own}, status_code=404)
+        if registrar is not None and registrar.leaving:
+            return JSONResponse({"status": "leaving", "components": {}}, status_code=503)
         states = await asyncio.gather(*(_state(name, check, timeout) for name, check in checks.items()))
         components = dict(zip(checks, states, strict=True))
         healthy = all(state["status"] == "healthy" for state in states)
