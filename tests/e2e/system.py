@@ -96,7 +96,12 @@ class Replica:
     def healthy_at(self) -> float:
         """When the engine first found it healthy, since the epoch."""
         good = [entry for entry in self.state["Health"]["Log"] if entry["ExitCode"] == 0]
-        return datetime.fromisoformat(good[0]["End"][:26] + good[0]["End"][-6:]).timestamp()
+        return datetime.fromisoformat(good[0]["End"]).timestamp()
+
+    @property
+    def ended_at(self) -> float:
+        """When it last ended, since the epoch."""
+        return datetime.fromisoformat(self.state["FinishedAt"]).timestamp()
 
     def command(self, **faults: object) -> None:
         """Fail like this from now on, see registry.testing.faults; without arguments: behave."""
@@ -262,7 +267,7 @@ class System:
 
     def _query(self, statement: str) -> str:
         psql = ["psql", "-h", "127.0.0.1", "-U", "registry", "-At", "-c", statement]
-        return run_in(self.container("postgres"), *psql, PGPASSWORD="local-only")
+        return run_in(self.container("postgres"), *psql, PGPASSWORD="local-only", PGOPTIONS="-c statement_timeout=15s")
 
     def keep_logs(self, folder: str) -> None:
         """Writes what every container has logged into a folder of this name."""

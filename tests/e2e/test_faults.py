@@ -73,12 +73,12 @@ def test_out_of_memory(system: System, scene: Row) -> None:
             return bool(hit.container.attrs["RestartCount"] > restarts)
 
         wait_until(restarted, 10, "the system ends it, the policy starts it again")
-        moment = now()
+        moment = hit.ended_at
         back = wait_until(lambda: hit.instance in system.passing() and hit.healthy, 10, "it is back")
         load.go_on()
     scene.saw(f"back after {back:.1f} s")
     only = {"container": hit.container.id, "event": "oom"}
-    assert list(system.engine.events(since=int(began), until=int(moment) + 1, filters=only)), "it was not for memory"
+    assert list(system.engine.events(since=int(began), until=int(moment) + 2, filters=only)), "it was not for memory"
     check_under_way(load, hit, moment)
 
 

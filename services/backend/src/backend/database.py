@@ -35,7 +35,9 @@ def _connect_args(url: URL, timeout: float) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"timeout": timeout}  # how long to wait for another process's write lock
     if url.get_driver_name() == "asyncpg":
-        return {"timeout": timeout, "command_timeout": timeout}
+        # A replica that hangs, or loses its network, must not hold its locks until the connection is given up.
+        settings = {"idle_in_transaction_session_timeout": str(round(timeout * 1000))}
+        return {"timeout": timeout, "command_timeout": timeout, "server_settings": settings}
     return {}
 
 
