@@ -9,8 +9,10 @@ from tests.e2e.traffic import BY_NAME, EDGE, Column, Traffic, now, traffic
 BEFORE = 250
 """Calls of every kind before the fault."""
 SLOW = 1.0
-AT_ONCE = 0.5
-"""Seconds after which no call by name may go where none is answered."""
+ONE_TIMEOUT = 2.0
+"""Seconds until the first call that went where none is answered has timed out: no call by name may go there after."""
+FEW = 5
+"""At most so many POSTs by name fail, of those that go there until it is left out."""
 TWO_CHECKS = 2.5
 """Seconds that the edge needs for two failed checks, with time to spare on a busy machine."""
 
@@ -107,7 +109,8 @@ def test_pause(system: System, scene: Row) -> None:
     assert edge_get.failures == ()
     assert sum(slow) <= 20
     assert all(call.seconds < 2.5 for call in name_post.failures)
-    assert name_post.failed_after(moment + AT_ONCE) == ()
+    assert len(name_post.failures) <= FEW
+    assert name_post.failed_after(moment + ONE_TIMEOUT) == ()
     assert edge_post.failed_after(moment + TWO_CHECKS) == ()
     for post in (name_post, edge_post):
         check_only_there(post, hit)
@@ -140,7 +143,8 @@ def test_disconnect(system: System, scene: Row) -> None:
         scene.saw(f"{side}: the last POST that failed began {last:.1f} s after the cut")
     assert load.column(BY_NAME, "GET").failures == ()
     assert load.column(EDGE, "GET").failed_after(moment + TWO_CHECKS) == ()
-    assert name_post.failed_after(moment + AT_ONCE) == ()
+    assert len(name_post.failures) <= FEW
+    assert name_post.failed_after(moment + ONE_TIMEOUT) == ()
     assert edge_post.failed_after(moment + TWO_CHECKS) == ()
     for post in (name_post, edge_post):
         check_once(post)
@@ -172,6 +176,6 @@ def test_sick(system: System, scene: Row, fault: dict[str, float]) -> None:
     assert share < 0.05
     assert name_get.failures == ()
     # A POST that was carried out, or may have been, is not sent again: each finds out anew, but seldom.
-    assert len(name_post.failures) <= 5
+    assert len(name_post.failures) <= FEW
     for side in (BY_NAME, EDGE):
         check_once(load.column(side, "POST"))
