@@ -33,7 +33,7 @@ install() { # Debian's packages, only for what is missing.
 weigh() { # Where no systemd puts them elsewhere, all containers together count as one process of the host: not enough.
     local group=/sys/fs/cgroup/cpu/docker file=cpu.shares
     [[ -d ${group%/*} ]] || { group=/sys/fs/cgroup/docker file=cpu.weight; }
-    mkdir -p "$group" && [[ ! -w $group/$file ]] || echo 10000 >"$group/$file"
+    if mkdir -p "$group" 2>/dev/null && [[ -w $group/$file ]]; then echo 10000 >"$group/$file"; fi
 }
 
 start() {
