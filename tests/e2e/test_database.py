@@ -4,7 +4,7 @@ import httpx
 
 from tests.e2e.report import Row
 from tests.e2e.system import BACKEND, System, wait_until
-from tests.e2e.traffic import BY_NAME, EDGE, now, traffic
+from tests.e2e.traffic import BY_NAME, EDGE, check_once, now, traffic
 
 ERRORS = {BY_NAME: {"HTTP 503", "NoHealthyInstanceError"}, EDGE: {"HTTP 503"}}
 """What callers are told."""
@@ -44,8 +44,7 @@ def test_database(system: System, scene: Row) -> None:
             assert column.report.errors.get(TIMED_OUT[side], 0) <= 10, (side, method)
             assert all(moment - 11 < call.started < healed + 1 for call in column.failures), (side, method)
             assert column.report.slower_than(6) == 0
-            assert column.duplicated == ()
-            assert column.lost == ()
+            check_once(column)
 
 
 def said_by_orchestrator(system: System) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.e2e.report import Row
 from tests.e2e.system import PROJECT, Replica, System, wait_until
-from tests.e2e.traffic import BY_NAME, EDGE, Column, Traffic, now, traffic
+from tests.e2e.traffic import BY_NAME, EDGE, Column, Traffic, check_once, now, traffic
 
 BEFORE = 250
 """Calls of every kind before the fault."""
@@ -37,12 +37,6 @@ def check_only_there(post: Column, hit: Replica) -> None:
     """What failed had reached no other replica. (What was in its queue when it was hit, it may never have read.)"""
     elsewhere = {each for host, reached in post.reached.items() if host != hit.host for each in reached}
     assert [call for call in post.failures if call.id in elsewhere] == []
-
-
-def check_once(post: Column) -> None:
-    """Nothing was done twice, and nothing that was answered is lost."""
-    assert post.duplicated == ()
-    assert post.lost == ()
 
 
 def test_kill(system: System, scene: Row) -> None:

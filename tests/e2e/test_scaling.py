@@ -7,7 +7,7 @@ import pytest
 
 from tests.e2e.report import Row
 from tests.e2e.system import Replica, System, run_in, wait_until
-from tests.e2e.traffic import BY_NAME, EDGE, Traffic, now, traffic
+from tests.e2e.traffic import BY_NAME, EDGE, Traffic, check_once, now, traffic
 
 STEP = 200
 """Calls of every kind after each change of scale."""
@@ -45,8 +45,7 @@ def test_scale(system: System, scene: Row) -> None:
     assert load.column(BY_NAME, "POST").failures == ()
     for side in (BY_NAME, EDGE):
         assert load.column(side, "GET").failures == ()
-        assert load.column(side, "POST").duplicated == ()
-        assert load.column(side, "POST").lost == ()
+        check_once(load.column(side, "POST"))
     explain(load)
 
 
@@ -68,8 +67,7 @@ def test_rolling_restart(system: System, scene: Row) -> None:
         for method in ("GET", "POST"):
             column = load.column(side, method)
             assert column.failures == (), (side, method)
-            assert column.duplicated == ()
-            assert column.lost == ()
+            check_once(column)
 
 
 def restart_watched(system: System, replica: Replica) -> None:

@@ -167,6 +167,12 @@ def traffic(system: System, rate: float = RATE) -> Iterator[Traffic]:
         load.close()
 
 
+def check_once(column: Column) -> None:
+    """Nothing was done twice, and nothing that was answered is lost."""
+    assert column.duplicated == (), column.duplicated
+    assert column.lost == (), column.lost
+
+
 def now() -> float:
     """Seconds since the epoch, as the callers tell them."""
     return time.time()
