@@ -98,11 +98,6 @@ class Replica:
         good = [entry for entry in self.state["Health"]["Log"] if entry["ExitCode"] == 0]
         return datetime.fromisoformat(good[0]["End"]).timestamp()
 
-    @property
-    def ended_at(self) -> float:
-        """When it last ended, since the epoch."""
-        return datetime.fromisoformat(self.state["FinishedAt"]).timestamp()
-
     def command(self, **faults: object) -> None:
         """Fail like this from now on, see registry.testing.faults; without arguments: behave."""
         run_in(self.container, "python", "-m", "registry.testing.faults", json.dumps(faults))
