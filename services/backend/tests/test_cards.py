@@ -114,13 +114,17 @@ async def test_search_looks_at_text_and_tags(backend: httpx.AsyncClient) -> None
     assert await titles(backend, q="needle") == ["two", "one"]
 
 
-async def test_pages_are_newest_first(backend: httpx.AsyncClient) -> None:
-    """limit and offset cut one stable order; total counts all pages."""
+@pytest.mark.parametrize(
+    ("limit", "offset", "found"),
+    [(2, 1, [3, 2]), (5, 0, [4, 3, 2, 1, 0]), (9, 0, [4, 3, 2, 1, 0]), (9, 3, [1, 0]), (2, 5, []), (2, 7, [])],
+)
+async def test_pages_are_newest_first(backend: httpx.AsyncClient, limit: int, offset: int, found: list[int]) -> None:
+    """limit and offset cut one stable order; total counts all pages, also of a page that is not full."""
     for number in range(5):
         await publish(backend, f"card {number}")
-    page = (await backend.get("/api/cards", params={"q": "card", "limit": 2, "offset": 1})).json()
-    assert [card["title"] for card in page["items"]] == ["card 3", "card 2"]
-    assert (page["total"], page["limit"], page["offset"]) == (5, 2, 1)
+    page = (await backend.get("/api/cards", params={"q": "card", "limit": limit, "offset": offset})).json()
+    assert [card["title"] for card in page["items"]] == [f"card {number}" for number in found]
+    assert (page["total"], page["limit"], page["offset"]) == (5, limit, offset)
 
 
 @pytest.mark.parametrize("params", [{"limit": 0}, {"limit": 101}, {"offset": -1}, {"offset": 2**63}, {"q": "a\0b"}])

@@ -7,7 +7,8 @@ from typing import TypeAlias
 
 import httpx
 import pytest
-from sqlalchemy import create_mock_engine
+from sqlalchemy import create_mock_engine, event
+from sqlalchemy.pool import Pool
 from sqlalchemy.schema import ExecutableDDLElement
 
 from backend.database import CONNECTIONS, Database, DatabaseUnavailableError
@@ -21,10 +22,27 @@ async def test_replicas_that_start_at_once_share_one_file(database_file: Path) -
     databases = [Database(f"sqlite:///{database_file}") for _ in range(10)]
     async with asyncio.TaskGroup() as group:
         for database in databases:
-            group.create_task(database.create_tables())
+            group.create_task(database.prepare())
     for database in databases:
         await database.ping()
         await database.aclose()
+
+
+async def test_every_connection_is_open_before_the_first_call(database_file: Path) -> None:
+    """The first calls of a new replica wait for none."""
+    opened: list[object] = []
+
+    def count(connection: object, _: object) -> None:
+        opened.append(connection)
+
+    event.listen(Pool, "connect", count)
+    database = Database(f"sqlite:///{database_file}")
+    await database.prepare()
+    assert len(opened) == CONNECTIONS
+    await asyncio.gather(*(database.ping() for _ in range(CONNECTIONS)))
+    assert len(opened) == CONNECTIONS
+    event.remove(Pool, "connect", count)
+    await database.aclose()
 
 
 class FirstWarning(logging.Handler):
@@ -45,7 +63,7 @@ async def test_a_start_waits_for_the_database(database_file: Path) -> None:
     blocker = sqlite3.connect(database_file, isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     database = Database(f"sqlite:///{database_file}", timeout=0.05)
-    starting = asyncio.create_task(database.create_tables())
+    starting = asyncio.create_task(database.prepare())
     async with asyncio.timeout(10):
         await warning.seen.wait()
         assert not starting.done()
@@ -60,7 +78,7 @@ async def test_an_unreachable_database_is_a_clear_error(caplog: pytest.LogCaptur
     """A start that can't succeed says so, whatever the driver raises, and keeps the password to itself."""
     database = Database("postgresql://user:secret@127.0.0.1:1/cards", start_seconds=0.1)
     with pytest.raises(DatabaseUnavailableError, match="can't be set up") as caught:
-        await database.create_tables()
+        await database.prepare()
     assert "secret" not in str(caught.value) + caplog.text
     await database.aclose()
 

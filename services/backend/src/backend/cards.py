@@ -144,8 +144,10 @@ class Cards:
         matches = Card.search_text.contains(q.casefold(), autoescape=True)
         page = select(Card).where(matches).order_by(Card.id.desc()).limit(limit).offset(offset)
         async with self._database.session() as session:
-            total = await session.scalar(select(func.count()).select_from(Card).where(matches)) or 0
             cards = (await session.scalars(page)).all()
+            total = offset + len(cards)
+            if len(cards) == limit or (offset and not cards):
+                total = await session.scalar(select(func.count()).select_from(Card).where(matches)) or 0
         return CardPage(
             items=[CardView.model_validate(card) for card in cards], total=total, limit=limit, offset=offset
         )

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -57,18 +57,21 @@ class Database:
         self._start_seconds = start_seconds
         # A cut-off statement costs its connection, and a new one costs more than the work did: an overload that cuts
         # off work feeds itself. So few connections, and who can't have one soon gets his 503 from the queue, unserved.
+        # No ping before each use: it is three of a read's six round trips, and all it saves after a restart of the
+        # database is one 503 for each connection, which the checks of /health mostly meet first.
         self._engine = create_async_engine(
             parsed,
             connect_args=_connect_args(parsed, timeout),
             pool_size=CONNECTIONS,
             max_overflow=0,
             pool_timeout=timeout / 2,
-            pool_pre_ping=True,
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 
-    async def create_tables(self) -> None:
-        """Create what is missing; tried again while the database starts, or while another replica does the same.
+    async def prepare(self) -> None:
+        """Create what is missing, and open every connection: a new replica gets its full share of calls at once.
+
+        Tried again while the database starts, or while another replica creates the same.
 
         Raises: DatabaseUnavailableError, when it still fails after ``start_seconds``.
         """
@@ -76,7 +79,8 @@ class Database:
         delay = 0.05
         while True:
             try:
-                return await self._create_tables()
+                await self._create_tables()
+                return await self._connect()
             except _FAILURES as error:
                 if asyncio.get_running_loop().time() + delay > deadline:
                     raise DatabaseUnavailableError(f"The database can't be set up: {error}") from error
@@ -92,6 +96,11 @@ class Database:
                 await connection.execute(text("PRAGMA journal_mode=WAL"))
         async with self._engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
+
+    async def _connect(self) -> None:
+        async with AsyncExitStack() as stack:
+            for _ in range(CONNECTIONS):
+                await stack.enter_async_context(self._engine.connect())
 
     async def ping(self) -> None:
         """Health check: reads a table, because a plain SELECT 1 does not even look at a SQLite file.
@@ -120,7 +129,7 @@ class Database:
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Tables exist inside; connections are closed after. Raises: DatabaseUnavailableError."""
         try:
-            await self.create_tables()
+            await self.prepare()
             yield
         finally:
             await self.aclose()

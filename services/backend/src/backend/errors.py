@@ -1,5 +1,7 @@
 """Errors that any route may meet, turned into an answer in one place."""
 
+import logging
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -7,8 +9,11 @@ from fastapi.responses import JSONResponse
 from backend.database import DatabaseUnavailableError
 from registry.fastapi import refuse_invalid_request
 
+_log = logging.getLogger("backend")
+
 
 async def _database_unavailable(_: Request, error: DatabaseUnavailableError) -> JSONResponse:
+    _log.warning("database unavailable", extra={"error": repr(error.__cause__)})
     return JSONResponse({"detail": str(error)}, 503, headers={"Retry-After": "1"})
 
 
