@@ -9,7 +9,7 @@ from tests.e2e.report import Row
 from tests.e2e.system import Replica, System, run_in, wait_until
 from tests.e2e.traffic import BY_NAME, EDGE, Traffic, check_once, now, traffic
 
-STEP = 300
+STEP = 250
 """Calls of every kind after each change of scale."""
 RATE = 20.0
 """GETs, and POSTs, per second from each side: one replica bears it, while others start on the same two cores."""
