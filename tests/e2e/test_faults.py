@@ -11,7 +11,7 @@ BEFORE = 250
 SLOW = 1.0
 ONE_TIMEOUT = 2.0
 """Seconds until the first call that went where none is answered has timed out: no call by name may go there after."""
-FEW = 5
+FEW = 10
 """At most so many POSTs by name fail, of those that go there until it is left out."""
 TWO_CHECKS = 2.5
 """Seconds that the edge needs for two failed checks, with time to spare on a busy machine."""
