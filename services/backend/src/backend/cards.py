@@ -145,6 +145,7 @@ class Cards:
         page = select(Card).where(matches).order_by(Card.id.desc()).limit(limit).offset(offset)
         async with self._database.session() as session:
             cards = (await session.scalars(page)).all()
+            # A page that is not full is the last one, and its end is the total.
             total = offset + len(cards)
             if len(cards) == limit or (offset and not cards):
                 total = await session.scalar(select(func.count()).select_from(Card).where(matches)) or 0
