@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import aiohttp
 import consul
 import httpx
+import httpx2
 from httpx_aiohttp import AiohttpTransport
 
 from registry import ConsulResolver, ConsulSettings, DiscoveryTransport, ServiceDiscoveryClient
@@ -48,7 +49,7 @@ class Client:
     """Measured in one round only, and not warmed up: a factor of a hundred shows at once."""
 
 
-def _over_httpx(client: httpx.AsyncClient, urls: list[str]) -> Call:
+def _over_httpx(client: httpx.AsyncClient | httpx2.AsyncClient, urls: list[str]) -> Call:
     turn = itertools.cycle(url + PATH for url in urls)
 
     async def call() -> Answer:
@@ -62,6 +63,13 @@ def _over_httpx(client: httpx.AsyncClient, urls: list[str]) -> Call:
 async def bare_httpx(target: Target) -> AsyncIterator[Call]:
     """One long-lived client with its default limits; without them it is slower still."""
     async with httpx.AsyncClient(trust_env=False) as client:
+        yield _over_httpx(client, target.urls)
+
+
+@asynccontextmanager
+async def bare_httpx2(target: Target) -> AsyncIterator[Call]:
+    """What continues httpx, in the same way."""
+    async with httpx2.AsyncClient(trust_env=False) as client:
         yield _over_httpx(client, target.urls)
 
 
@@ -123,6 +131,7 @@ async def transport(target: Target) -> AsyncIterator[Call]:
 CLIENTS = [
     Client("usual", "usual sample: Consul query and new client per call", usual_sample, slow=True),
     Client("httpx", "bare `httpx.AsyncClient`", bare_httpx),
+    Client("httpx2", "bare `httpx2.AsyncClient`", bare_httpx2),
     Client("httpx_aiohttp", "httpx over `httpx_aiohttp`", httpx_aiohttp),
     Client("transport", "ours: httpx over `DiscoveryTransport`", transport),
     Client("facade", "ours: `ServiceDiscoveryClient`", facade),

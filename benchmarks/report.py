@@ -79,11 +79,13 @@ def _promises(results: Results) -> list[tuple[str, str, str, str]]:
     crowd, fleet = _crowd(results), _fleet(results)
     few = results.callers()[0]
     by_httpx = results.ratio("facade", "httpx", crowd, fleet, lambda sample: sample.calls_per_second)
+    by_httpx2 = results.ratio("facade", "httpx2", crowd, fleet, lambda sample: sample.calls_per_second)
     by_aiohttp = results.ratio("facade", "aiohttp", crowd, fleet, lambda sample: sample.calls_per_second)
     cpu = results.ratio("facade", "aiohttp", crowd, fleet, lambda sample: 1 / sample.cpu)
     latency = results.ratio("facade", "httpx", few, fleet, lambda sample: sample.p50)
     return [
         (f"calls/s at {crowd} callers, by bare httpx", f"{by_httpx:.1f}", "≥ 8", _mark(by_httpx >= 8)),
+        (f"calls/s at {crowd} callers, by bare httpx2", f"{by_httpx2:.1f}", "≥ 2", _mark(by_httpx2 >= 2)),
         (f"calls/s at {crowd} callers, by bare aiohttp", f"{by_aiohttp:.2f}", "≥ 0.45", _mark(by_aiohttp >= 0.45)),
         ("the same by CPU per call", f"{cpu:.2f}", "", ""),
         (f"p50 at {_several(few, 'caller')}, by bare httpx", f"{latency:.2f}", "≤ 0.5", _mark(latency <= 0.5)),

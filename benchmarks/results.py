@@ -14,7 +14,7 @@ from benchmarks.throughput import Sample
 
 __all__ = ["Results", "environment"]
 
-PACKAGES = ("aiohttp", "httpx", "httpx-aiohttp", "py-consul")
+PACKAGES = ("aiohttp", "h11", "httpx", "httpx-aiohttp", "httpx2", "py-consul")
 
 
 @dataclass(frozen=True)

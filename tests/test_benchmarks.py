@@ -16,7 +16,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     clients = {sample["client"] for sample in results["samples"]}
-    assert clients == {"usual", "httpx", "httpx_aiohttp", "transport", "facade", "aiohttp"}
+    assert clients == {"usual", "httpx", "httpx2", "httpx_aiohttp", "transport", "facade", "aiohttp"}
     assert results["consul_requests"] == 0
     page = (tmp_path / "README.md").read_text()
     assert "calls/s at 4 callers, by bare httpx" in page

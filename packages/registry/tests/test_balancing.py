@@ -22,9 +22,9 @@ from registry.balancing import (
     random_choice,
     round_robin,
 )
+from registry.blame import Failure
 from registry.errors import InvalidInputError
 from registry.pool import Pool
-from registry.retry import Failure
 
 FORGET = 8 * DECAY * 2**MAX_PEAKS
 """Seconds after which nothing is left of a latency, however often it was seen."""

@@ -40,7 +40,7 @@ class Service:
         self._listener = socket.socket()
 
     def note(self) -> None:
-        self.seen.append((context.deadline.get(), context.is_retry.get(), time.time()))
+        self.seen.append((context.deadline(), context.is_retry(), time.time()))
 
     def listen(self) -> None:
         """Takes a port."""
@@ -90,11 +90,11 @@ def backend() -> Service:
     @service.app.get("/")
     async def answer() -> dict[str, Any]:
         service.note()
-        return {"deadline": context.deadline.get(), "is_retry": context.is_retry.get()}
+        return {"deadline": context.deadline(), "is_retry": context.is_retry()}
 
     @service.app.get("/in-a-thread")
     def answer_in_a_thread() -> dict[str, Any]:
-        return {"deadline": context.deadline.get(), "is_retry": context.is_retry.get()}
+        return {"deadline": context.deadline(), "is_retry": context.is_retry()}
 
     return service
 
@@ -223,31 +223,31 @@ async def test_nothing_is_left_in_the_caller_of_an_app_in_process() -> None:
     back = backend()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(back.app), base_url="http://backend") as http:
         own = time.time() + 100
-        token = context.deadline.set(own)
+        token = context.inherited.set(context.Inherited(own, False))
         inside = (await http.get("/", headers={RETRY_HEADER: "2"})).json()
         assert inside == {"deadline": None, "is_retry": True}
-        assert (context.deadline.get(), context.is_retry.get()) == (own, False)
-        context.deadline.reset(token)
+        assert (context.deadline(), context.is_retry()) == (own, False)
+        context.inherited.reset(token)
 
 
 async def test_background_tasks_have_no_deadline() -> None:
-    """The request is answered, nobody waits: they may take their time, and retry. A stream's pieces still have it."""
+    """The request is answered, nobody waits: they may take their time, and retry. So may the rest of a stream."""
     service = Service("backend")
     later: asyncio.Queue[tuple[float | None, bool]] = asyncio.Queue()
 
     async def note() -> None:
-        later.put_nowait((context.deadline.get(), context.is_retry.get()))
+        later.put_nowait((context.deadline(), context.is_retry()))
 
     @service.app.get("/")
     async def answer(tasks: BackgroundTasks) -> dict[str, Any]:
         tasks.add_task(note)
-        return {"deadline": context.deadline.get()}
+        return {"deadline": context.deadline()}
 
     @service.app.get("/stream")
     async def stream() -> StreamingResponse:
         async def pieces() -> AsyncIterator[str]:
             for _ in range(3):
-                yield f"{context.deadline.get()}\n"
+                yield f"{context.deadline()} {context.is_retry()}\n"
 
         return StreamingResponse(pieces())
 
@@ -257,7 +257,7 @@ async def test_background_tasks_have_no_deadline() -> None:
         assert (await http.get("/", headers=headers)).json() == {"deadline": deadline}
         async with asyncio.timeout(5):
             assert await later.get() == (None, False)
-        assert (await http.get("/stream", headers=headers)).text.splitlines() == [str(deadline)] * 3
+        assert (await http.get("/stream", headers=headers)).text.splitlines() == ["None True"] * 3
 
 
 EXECUTES = """

@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, 
 
 from registry import Instance, NoHealthyInstanceError
 from registry.balancing import Endpoint
+from registry.blame import Failure
 from registry.pool import (
     DOUBT,
     EJECTION,
@@ -25,7 +26,6 @@ from registry.pool import (
     REFUSED,
     Pool,
 )
-from registry.retry import Failure
 
 NOT_SENT, SENT = Failure.NOT_SENT, Failure.SENT
 

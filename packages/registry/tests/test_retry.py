@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry import RetryPolicy
-from registry.retry import Backoff, Failure, RetryBudget, classify, is_idempotent, retry_after
+from registry.blame import Failure
+from registry.retry import Backoff, RetryBudget, is_idempotent, retry_after
 
-NOT_SENT, SENT, REFUSED = Failure.NOT_SENT, Failure.SENT, Failure.REFUSED
+NOT_SENT, SENT, FINAL = Failure.NOT_SENT, Failure.SENT, Failure.FINAL
 
 
 @pytest.mark.parametrize(
@@ -28,65 +29,15 @@ NOT_SENT, SENT, REFUSED = Failure.NOT_SENT, Failure.SENT, Failure.REFUSED
         (SENT, False, True, False),
         (SENT, True, False, False),
         (SENT, False, False, False),
-        (REFUSED, True, True, False),
-        (REFUSED, False, True, False),
-        (REFUSED, True, False, False),
-        (REFUSED, False, False, False),
+        (FINAL, True, True, False),
+        (FINAL, False, True, False),
+        (FINAL, True, False, False),
+        (FINAL, False, False, False),
     ],
 )
 def test_decision_table(failure: Failure, idempotent: bool, replayable: bool, allowed: bool) -> None:
     """Each row: not sent may go again, sent only if idempotent, and never a body that can't be replayed."""
     assert RetryPolicy().allows(failure, idempotent=idempotent, replayable=replayable) is allowed
-
-
-@pytest.mark.parametrize(
-    ("error", "failure"),
-    [
-        (httpx.ConnectError, NOT_SENT),
-        (httpx.ConnectTimeout, NOT_SENT),
-        (httpx.PoolTimeout, NOT_SENT),
-        (httpx.ReadError, SENT),
-        (httpx.ReadTimeout, SENT),
-        (httpx.WriteError, SENT),
-        (httpx.WriteTimeout, SENT),
-        (httpx.CloseError, SENT),
-        (httpx.RemoteProtocolError, SENT),
-        (httpx.LocalProtocolError, REFUSED),
-        (httpx.UnsupportedProtocol, REFUSED),
-        (httpx.ProxyError, REFUSED),
-        (httpx.TooManyRedirects, REFUSED),
-        (httpx.DecodingError, REFUSED),
-        (RuntimeError, REFUSED),
-    ],
-)
-def test_errors_are_classified(error: type[Exception], failure: Failure) -> None:
-    """Only an error before the connection stood counts as not sent; any doubt counts as sent."""
-    assert classify(error("why")) is failure
-
-
-def test_every_transport_error_is_classified_by_this_test() -> None:
-    """httpx has no transport error that the row above forgot."""
-
-    def leaves(kind: type[Exception]) -> set[type[Exception]]:
-        below = kind.__subclasses__()
-        return set().union(*map(leaves, below)) if below else {kind}
-
-    (mark,) = [m for m in test_errors_are_classified.pytestmark if m.name == "parametrize"]  # type: ignore[attr-defined]
-    listed = {row[0] for row in mark.args[1]}
-    ours = {kind for kind in leaves(httpx.TransportError) if kind.__module__.partition(".")[0] == "httpx"}
-    assert ours <= listed
-
-
-@pytest.mark.parametrize("status", [500, 501, 502, 503, 504, 599])
-def test_server_errors_may_have_had_an_effect(status: int) -> None:
-    """Every 5xx is a failure of a request that was sent."""
-    assert classify(httpx.Response(status)) is SENT
-
-
-@pytest.mark.parametrize("status", [200, 201, 204, 304, 302, 400, 404, 409, 422, 429, 499])
-def test_other_answers_are_no_failures(status: int) -> None:
-    """Anything below 500 is the answer: another instance would say the same."""
-    assert classify(httpx.Response(status)) is None
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from registry import Instance
-from registry.sender import AiohttpSender, HttpxSender, Sender
+from registry.sender import H11Sender, HttpxSender, Sender
 from registry.testing.ports import free_ports
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -118,8 +118,8 @@ def stalling(answer: bytes) -> Handler:
 
 
 @asynccontextmanager
-async def open_sender() -> AsyncIterator[AiohttpSender]:
-    sender = AiohttpSender()
+async def open_sender() -> AsyncIterator[H11Sender]:
+    sender = H11Sender()
     try:
         yield sender
     finally:
@@ -225,7 +225,6 @@ BROKEN = {
     "a chunk of no size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nhalf\r\n0\r\n\r\n",
     "no HTTP": b"\x16\x03\x01\x00\xa5\x01\x00\x00 what is this?\r\n\r\n",
     "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok!",
-    "an endless header": b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
 }
 
 
@@ -270,9 +269,9 @@ async def test_limit_holds_until_the_headers_of_a_stream() -> None:
         await server.has_open(0)
 
 
-@pytest.mark.parametrize("value", [b"one\r\nX-Two: two", b"one\ntwo", b"one\0two", b"\xe4"])
+@pytest.mark.parametrize("value", [b"one\r\nX-Two: two", b"one\ntwo", b"one\0two", b" one"])
 async def test_header_that_would_be_another_is_not_sent(value: bytes) -> None:
-    """A line break, a NUL or no UTF-8 in a header is the caller's fault, in httpx's words."""
+    """A line break, a NUL or outer white space in a header is the caller's fault, in httpx's words."""
     async with raw_server(answering(OK)) as server, open_sender() as sender:
         with pytest.raises(httpx.LocalProtocolError):
             await attempt(sender, server, request(headers=[(b"X-Note", value)]), read=True)
@@ -525,7 +524,7 @@ async def test_closing_the_sender_closes_its_connections() -> None:
             await attempt(sender, server, read=True)
             await server.has_open(1)
         await server.has_open(0)
-    await AiohttpSender().aclose()
+    await H11Sender().aclose()
 
 
 def _has_ipv6() -> bool:

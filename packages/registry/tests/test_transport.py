@@ -21,8 +21,8 @@ from registry import (
     context,
 )
 from registry.balancing import Candidates, Endpoint
+from registry.blame import Failure
 from registry.model import Snapshot
-from registry.retry import Failure
 from registry.testing.server import Answer, Request, Serve
 
 Handler = Callable[[httpx.Request], Awaitable[httpx.Response]]
@@ -383,9 +383,9 @@ async def test_inherited_deadline_holds_when_it_is_nearer() -> None:
     async with fleet.client(deadline=10.0) as client:
         for inherited, expected in ((5.0, 5.0), (60.0, 10.0)):
             now = time.time()
-            token = context.deadline.set(now + inherited)
+            token = context.inherited.set(context.Inherited(now + inherited, False))
             await client.get("/")
-            context.deadline.reset(token)
+            context.inherited.reset(token)
             assert float(fleet.requests[-1].headers[context.DEADLINE_HEADER]) == pytest.approx(now + expected, abs=0.5)
 
 
@@ -393,10 +393,10 @@ async def test_passed_deadline_sends_nothing() -> None:
     """What nobody waits for any more is not begun."""
     fleet = Fleet("a")
     async with fleet.client() as client:
-        token = context.deadline.set(time.time() - 0.001)
+        token = context.inherited.set(context.Inherited(time.time() - 0.001, False))
         with pytest.raises(httpx.ConnectTimeout, match="deadline"):
             await client.get("/")
-        context.deadline.reset(token)
+        context.inherited.reset(token)
     assert fleet.asked == []
 
 
@@ -423,9 +423,9 @@ async def test_call_on_behalf_of_a_retry_is_not_retried_itself() -> None:
     fleet = Fleet("abc")
     fleet.does = {"a": failing(httpx.ConnectError), "b": status(503)}
     async with fleet.client(retry=quick()) as client:
-        token = context.is_retry.set(True)
+        token = context.inherited.set(context.Inherited(None, True))
         assert (await client.get("/")).status_code == 503
-        context.is_retry.reset(token)
+        context.inherited.reset(token)
     assert fleet.asked == ["a", "b"]
 
 
@@ -608,9 +608,9 @@ async def test_call_on_behalf_of_a_retry_is_not_hedged() -> None:
     async with fleet.client() as client:
         await warm(client)
         fleet.does["a"] = after(0.1)
-        token = context.is_retry.set(True)
+        token = context.inherited.set(context.Inherited(None, True))
         await client.get("/", extensions=HEDGE)
-        context.is_retry.reset(token)
+        context.inherited.reset(token)
     assert "b" not in fleet.asked
 
 

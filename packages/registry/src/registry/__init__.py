@@ -8,9 +8,11 @@ from registry.errors import (
     NoHealthyInstanceError,
     RegistryError,
     RegistryUnavailableError,
+    ResponseTooLargeError,
     ServiceNotFoundError,
 )
 from registry.model import Instance, ServiceHealth, Snapshot
+from registry.options import ConnectionOptions
 from registry.resolver import Resolver, StaticResolver
 from registry.retry import RetryPolicy
 from registry.service_registry import ServiceRegistry
@@ -18,6 +20,7 @@ from registry.settings import ConsulSettings, ServiceSettings
 from registry.transport import DiscoveryTransport
 
 __all__ = [
+    "ConnectionOptions",
     "ConsulResolver",
     "ConsulSettings",
     "DiscoveryTransport",
@@ -28,6 +31,7 @@ __all__ = [
     "RegistryError",
     "RegistryUnavailableError",
     "Resolver",
+    "ResponseTooLargeError",
     "RetryPolicy",
     "ServiceDiscoveryClient",
     "ServiceHealth",

@@ -3,19 +3,38 @@
 import logging
 import math
 import time
+from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import dataclass
 
 import httpx
 
 from registry import context
 from registry.balancing import Endpoint
+from registry.blame import Blame, Verdict, judge
 from registry.retry import is_idempotent, retry_after
 from registry.upstream import Upstream
 
-__all__ = ["Call", "Outcome"]
+__all__ = ["Call", "Outcome", "Terms"]
 
 logger = logging.getLogger("registry")
 
-Outcome = httpx.Response | httpx.TransportError
+Outcome = httpx.Response | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is asked of a call beside the request itself; nothing of it is left in the caller's request."""
+
+    tag: str | None = None
+    """Only instances with this tag."""
+    read: bool = False
+    """The body is part of the attempt, and of what the limits are for."""
+    limit: float | None = None
+    """Seconds for one attempt."""
+    patience: float | None = None
+    """Seconds after which the client considers any instance late, whatever this call's own limit."""
+    deadline: float = math.inf
+    """Unix time by which the call has an outcome."""
 
 
 class Call:
@@ -23,48 +42,47 @@ class Call:
 
     __slots__ = (
         "_deadline",
-        "_limit",
+        "_source",
         "attempt",
         "hedge",
         "idempotent",
         "notes",
         "outcome",
-        "read",
-        "replayable",
         "request",
         "retried_before",
         "safe",
         "seen",
+        "terms",
         "tried",
         "upstream",
     )
 
-    def __init__(
-        self, request: httpx.Request, upstream: Upstream, read: bool, limit: float | None, deadline: float | None
-    ) -> None:
+    def __init__(self, request: httpx.Request, upstream: Upstream, terms: Terms) -> None:
+        self._source: _Source | None = None
         self.request = request
         self.upstream = upstream
-        self.read = read
+        self.terms = terms
         self.attempt = 0
         self.seen = False
         """Whether an attempt before may have been executed."""
         self.idempotent = is_idempotent(request)
-        self.replayable = isinstance(request.stream, httpx.ByteStream)
-        self.safe = self.idempotent and self.replayable
+        if not isinstance(request.stream, httpx.ByteStream):
+            self._source = _Source(request)
+            self.request = self._source.request
+        self.safe = self.idempotent and self._source is None
         # Called on behalf of a retry: whoever retried there does so again, and must not be multiplied here.
-        self.retried_before = context.is_retry.get()
+        self.retried_before = context.is_retry()
         self.hedge = self.safe and not self.retried_before and request.extensions.get("hedge", False)
         self.tried: list[Endpoint] = []
         self.notes: list[str] = []
         self.outcome: Outcome | None = None
-        self._limit = limit
-        # A redirect is part of the call that it answers: httpx hands the extensions on.
-        self._deadline: float = request.extensions.setdefault(
-            "deadline_at", math.inf if deadline is None else time.time() + deadline
-        )
-        inherited = context.deadline.get()
-        if inherited is not None:
-            self._deadline = min(self._deadline, inherited)
+        inherited = context.deadline()
+        self._deadline = terms.deadline if inherited is None else min(terms.deadline, inherited)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the body can be sent (again)."""
+        return self._source is None or not self._source.touched
 
     def left(self) -> float:
         """Seconds until the deadline; infinite without one."""
@@ -72,7 +90,7 @@ class Call:
 
     def attempt_limit(self) -> float | None:
         """Seconds that the next attempt may take; None: as long as it likes."""
-        limit = min(self.left(), math.inf if self._limit is None else self._limit)
+        limit = min(self.left(), math.inf if self.terms.limit is None else self.terms.limit)
         return None if limit == math.inf else max(limit, 0.001)
 
     def start(self, endpoint: Endpoint) -> tuple[int, dict[str, str]]:
@@ -83,6 +101,17 @@ class Call:
         if self.seen:
             headers[context.RETRY_HEADER] = str(self.attempt)
         return self.attempt, headers
+
+    def judge(self, outcome: Outcome, seconds: float) -> Verdict:
+        """What the outcome of an attempt that took so long means. Raises: what the request's own source raised."""
+        if self._source is not None and self._source.error is not None:
+            raise self._source.error
+        verdict = judge(outcome)
+        if verdict.blame is Blame.INSTANCE and isinstance(outcome, (httpx.ReadTimeout, httpx.WriteTimeout)):
+            patience = self.terms.patience
+            if (patience is None or seconds < patience) and not self.upstream.is_long(seconds):
+                return Verdict(verdict.failure, Blame.CALLER)
+        return verdict
 
     def note(self, attempt: int, endpoint: Endpoint, outcome: Outcome) -> None:
         """Remembers a failed attempt, for the error."""
@@ -109,3 +138,26 @@ class Call:
         for note in self.notes:
             self.outcome.add_note(note)
         raise self.outcome
+
+
+class _Source(httpx.AsyncByteStream):
+    """A request's body that comes from the caller piece by piece: whether it was touched, and what it raised."""
+
+    def __init__(self, request: httpx.Request) -> None:
+        if not isinstance(request.stream, AsyncIterable):
+            raise RuntimeError("the request's body is a plain iterator or file: pass bytes or an async iterator")
+        self.touched = False
+        self.error: Exception | None = None
+        self._pieces = request.stream
+        self.request = httpx.Request(
+            request.method, request.url, headers=request.headers, stream=self, extensions=request.extensions
+        )
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.touched = True
+        try:
+            async for piece in self._pieces:
+                yield piece
+        except Exception as error:
+            self.error = error
+            raise

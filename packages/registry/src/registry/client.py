@@ -2,17 +2,20 @@
 
 import math
 import re
+import time
 from collections.abc import Mapping
-from datetime import timedelta
 from functools import lru_cache
-from time import perf_counter
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import httpx
+from httpx._types import HeaderTypes
 
 from registry.balancing import Pick
+from registry.call import Terms
 from registry.errors import InvalidInputError
+from registry.options import ConnectionOptions
+from registry.redirects import Way
 from registry.resolver import Resolver
 from registry.retry import RetryPolicy
 from registry.transport import DiscoveryTransport
@@ -24,7 +27,9 @@ __all__ = ["ServiceDiscoveryClient"]
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH"})
 _METHOD = re.compile(r"[A-Z]{1,32}", re.ASCII)
-_UNSAFE_IN_HEADER = re.compile(r"[\r\n\0]")
+# RFC 9110, 5.6.2: token = 1*tchar
+_HEADER_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_UNSAFE_IN_VALUE = re.compile(rb"[\r\n\0]")
 _MAX_CONNECT = 2.0
 
 
@@ -52,25 +57,29 @@ class ServiceDiscoveryClient:
         deadline: float | None = None,
         policy: str | Pick = "p2c",
         hedge: bool = False,
+        connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._timeout = _check_seconds("timeout", timeout)
+        self._deadline = 2 * timeout if deadline is None else _check_seconds("deadline", deadline)
         self._hedge = hedge
         self._transport = DiscoveryTransport(
             registry.resolver() if isinstance(registry, _HasResolver) else registry,
             retry=RetryPolicy(max_retries, retry_delay),
-            deadline=2 * timeout if deadline is None else _check_seconds("deadline", deadline),
+            deadline=self._deadline,
             policy=policy,
+            connections=connections,
             transport=transport,
         )
         self.http = httpx.AsyncClient(transport=self._transport, timeout=_timeouts(timeout), follow_redirects=True)
-        """The httpx client over the same transport, for what the facade does not offer: streams, hooks, auth.
+        """The httpx client over the same transport, for what the facade does not offer: streams, cookies.
 
-        URLs are ``http://<service name>/path``. Of what is set here, hooks and auth hold for the facade's calls too.
+        URLs are ``http://<service name>/path``. Of what is set here, headers, params, hooks and auth hold for the
+        facade's calls too; cookies do not.
         """
-        self._default_headers = lru_cache(maxsize=256)(
-            lambda service: httpx.Headers({"Host": service, **self.http.headers})
-        )
+        self._way = Way(self._transport, self.http, self._terms)
+        self._defaults: dict[str, httpx.Headers] = {}
+        self._defaults_of: list[tuple[bytes, bytes]] = []
         self._timeouts = {timeout: _timeouts(timeout).as_dict()}
 
     async def call_service(
@@ -79,61 +88,65 @@ class ServiceDiscoveryClient:
         path: str,
         method: str = "GET",
         tag: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: HeaderTypes | None = None,
         params: Any = None,
         json: Any = None,
         data: Any = None,
         *,
+        content: Any = None,
+        files: Any = None,
+        cookies: Any = None,
+        auth: Any = httpx.USE_CLIENT_DEFAULT,
+        follow_redirects: bool | None = None,
+        extensions: Mapping[str, Any] | None = None,
         idempotent: bool | None = None,
         hedge: bool | None = None,
-        timeout: float | None = None,
-        **kwargs: Any,
+        timeout: float | httpx.Timeout | None = None,
     ) -> httpx.Response:
-        """The answer of one instance of the service, its body read; other keywords go to ``httpx.AsyncClient.request``.
+        """The answer of one instance of the service, its body read; what is not named here means what httpx means.
 
         ``path`` starts with ``/`` and may carry a query. ``idempotent=True``: this request may be sent twice, whatever
         its method. ``hedge=True``: when the answer takes longer than 95 % of the last ones, ask another instance too
         and take the first answer; idempotent requests only. ``timeout``: seconds for one attempt, instead of the
-        client's. Cancelling the call cancels its attempts.
+        client's; an httpx.Timeout limits each step as it does in httpx. ``follow_redirects``: True: to other services
+        too, but never with ``Authorization`` or cookies; False: not at all; None: within the service. Cancelling the
+        call cancels its attempts.
 
         Raises: httpx.HTTPStatusError for a 4xx at once and for a 5xx after the last attempt; httpx.TransportError
         after the last attempt; ServiceNotFoundError (a ValueError), NoHealthyInstanceError, RegistryUnavailableError;
-        InvalidInputError before anything is sent.
+        InvalidInputError before anything is sent, and for a redirect that leaves the service; what the source of the
+        request's body raises.
         """
         url = _url(service_name, path)
         method = method if method in _METHODS else _check_method(method)
-        for name, value in (headers or {}).items():
-            if _UNSAFE_IN_HEADER.search(f"{name}{value}"):
-                raise InvalidInputError(f"header {name!r} holds a line break or NUL: remove it")
-        extensions: dict[str, Any] = {
-            "tag": None if tag is None else check_tag(tag),
-            "hedge": self._hedge if hedge is None else hedge,
-        }
-        if idempotent is not None:
-            extensions["idempotent"] = idempotent
-        limit = self._timeout if timeout is None else _check_seconds("timeout", timeout)
-        extensions["timeout"] = self._timeouts.get(limit) or _timeouts(limit).as_dict()
         if isinstance(data, (str, bytes)):
-            kwargs["content"], data = data, None
+            content, data = data, None
+        if default_params := self.http.params:
+            params = default_params.merge(params)
         if params is not None:
             url = url.copy_merge_params(params)
-        http = self.http
-        if kwargs or http.auth is not None or http.event_hooks["request"] or http.event_hooks["response"]:
-            sending = {key: kwargs.pop(key) for key in ("auth", "follow_redirects") if key in kwargs}
-            extensions |= kwargs.pop("extensions", None) or {}
-            request = http.build_request(
-                method, url, headers=headers, json=json, data=data, extensions=extensions, **kwargs
-            )
-            response = await http.send(request, **sending)
+        limit: float | None = self._timeout
+        if isinstance(timeout, httpx.Timeout):
+            limit, timeouts = None, timeout.as_dict()
         else:
-            request = self._request(method, service_name, url, headers, json, data, extensions)
-            # The short way: through the same transport, without httpx's client around it.
-            started = perf_counter()
-            response = await self._transport.send(request, read=True, limit=limit)
-            response.elapsed = timedelta(seconds=perf_counter() - started)
-            if response.has_redirect_location:
-                request.extensions["answered"] = response
-                response = await http.send(request)
+            limit = self._timeout if timeout is None else _check_seconds("timeout", timeout)
+            timeouts = self._timeouts.get(limit) or _timeouts(limit).as_dict()
+        asked: dict[str, Any] = {"timeout": timeouts, "hedge": self._hedge if hedge is None else hedge}
+        if idempotent is not None:
+            asked["idempotent"] = idempotent
+        if extensions:
+            asked |= extensions
+            tag = asked.get("tag", tag)
+        shape: dict[str, Any] = {"headers": self._headers(url, headers), "extensions": asked}
+        if not (content is None and data is None and files is None and json is None):
+            shape |= {"content": content, "data": data, "files": files, "json": json}
+        elif method in _WITHOUT_BODY:
+            shape["stream"] = httpx.ByteStream(b"")  # what httpx comes to, in a quarter of the time
+        request = httpx.Request(method, url, cookies=cookies, **shape)
+        if "stream" in shape:
+            request.read()
+        terms = self._terms(limit, None if tag is None else check_tag(tag))
+        response = await self._way.send(request, terms, auth, follow_redirects)
         try:
             return response.raise_for_status() if response.is_error else response
         except httpx.HTTPStatusError as error:
@@ -141,26 +154,27 @@ class ServiceDiscoveryClient:
                 error.add_note(note)
             raise
 
-    def _request(
-        self,
-        method: str,
-        service: str,
-        url: httpx.URL,
-        headers: Mapping[str, str] | None,
-        json: Any,
-        data: Any,
-        extensions: dict[str, Any],
-    ) -> httpx.Request:
-        defaults = self._default_headers(service)
-        if headers is not None:
-            defaults = httpx.Headers({**defaults, **httpx.Headers(headers)})
-        if json is not None or data is not None:
-            return httpx.Request(method, url, headers=defaults, json=json, data=data, extensions=extensions)
-        if method in _WITHOUT_BODY:
-            request = httpx.Request(method, url, headers=defaults, stream=httpx.ByteStream(b""), extensions=extensions)
-            request.read()
-            return request
-        return httpx.Request(method, url, headers=defaults, extensions=extensions)
+    def _headers(self, url: httpx.URL, headers: HeaderTypes | None) -> httpx.Headers:
+        """What httpx's client would send: its own headers, those of the call in place of what they name."""
+        if (now := self.http.headers.raw) != self._defaults_of:
+            self._defaults, self._defaults_of = {}, now
+        defaults = self._defaults.get(url.host)
+        if defaults is None:
+            defaults = self._defaults[url.host] = httpx.Headers([(b"Host", url.netloc), *now])
+        if headers is None:
+            return defaults
+        merged = httpx.Headers(defaults)
+        given = httpx.Headers(headers)
+        for name, value in given.raw:
+            if not _HEADER_NAME.fullmatch(name):
+                raise InvalidInputError(f"{name!r} is no header name: use letters, digits and hyphens")
+            if _UNSAFE_IN_VALUE.search(value):
+                raise InvalidInputError(f"header {name!r} holds a line break or NUL: remove it")
+        merged.update(given)
+        return merged
+
+    def _terms(self, limit: float | None = None, tag: str | None = None) -> Terms:
+        return Terms(tag, True, limit, self._timeout, time.time() + self._deadline)
 
     async def get(self, service_name: str, path: str, **kwargs: Any) -> httpx.Response:
         """``call_service`` with GET."""
@@ -188,6 +202,7 @@ class ServiceDiscoveryClient:
 
     async def aclose(self) -> None:
         """Closes all connections and ends the watches."""
+        await self._way.aclose()
         await self.http.aclose()
 
     async def __aenter__(self) -> Self:

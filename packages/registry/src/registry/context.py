@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from contextvars import ContextVar
 
-__all__ = ["DEADLINE_HEADER", "RETRY_HEADER", "deadline", "is_retry", "read"]
+__all__ = ["DEADLINE_HEADER", "RETRY_HEADER", "Inherited", "deadline", "inherited", "is_retry", "read"]
 
 DEADLINE_HEADER = "X-Request-Deadline"
 """Unix time, in seconds with a fraction, after which nobody waits for the answer.
@@ -25,23 +25,46 @@ _ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,3}")
 _EARLIEST = 1e9
 _AHEAD = 86_400.0
 
-deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
-"""Unix time by which the request being served must be answered."""
-is_retry: ContextVar[bool] = ContextVar("is_retry", default=False)
-"""Whether the request being served is a retry, so that calls on its behalf must not be multiplied again."""
+
+class Inherited:
+    """What the request being served imposes. Tasks that it starts share it, and see it end with the answer."""
+
+    __slots__ = ("deadline", "is_retry")
+
+    def __init__(self, deadline: float | None, is_retry: bool) -> None:
+        self.deadline = deadline
+        """Unix time by which the answer must have begun; None: at leisure."""
+        self.is_retry = is_retry
+        """Whether calls on its behalf must not be multiplied again."""
 
 
-def read(headers: Iterable[tuple[bytes, bytes]]) -> tuple[float | None, bool]:
+inherited: ContextVar[Inherited | None] = ContextVar("inherited", default=None)
+"""Set while a request is served."""
+
+
+def deadline() -> float | None:
+    """Unix time by which the request being served must be answered; None: there is no such request or limit."""
+    request = inherited.get()
+    return None if request is None else request.deadline
+
+
+def is_retry() -> bool:
+    """Whether the request being served is a retry."""
+    request = inherited.get()
+    return request is not None and request.is_retry
+
+
+def read(headers: Iterable[tuple[bytes, bytes]]) -> Inherited:
     """The deadline and whether it is a retry, from a request's headers, whose names are in lower case.
 
     None stands for no deadline, and for one that no caller can mean: a duration in place of a time, milliseconds, or a
     time more than a day ahead.
     """
-    deadline, is_retry = None, False
+    found = Inherited(None, False)
     for name, value in headers:
         if name == _DEADLINE:
             stamp = float(value) if _STAMP.fullmatch(value) else 0.0
-            deadline = stamp if _EARLIEST <= stamp <= time.time() + _AHEAD else None
+            found.deadline = stamp if _EARLIEST <= stamp <= time.time() + _AHEAD else None
         elif name == _RETRY:
-            is_retry = _ATTEMPT.fullmatch(value) is not None
-    return deadline, is_retry
+            found.is_retry = _ATTEMPT.fullmatch(value) is not None
+    return found

@@ -4,6 +4,7 @@
 
     RegistryError
     ├── InvalidInputError (ValueError)            a name, path, port or tag that can't be right: nothing was sent
+    ├── ResponseTooLargeError (httpx.TransportError)  an answer over a limit of ConnectionOptions; blames nobody
     ├── RegistryUnavailableError                  Consul can't be asked, and nothing is known from before
     └── ServiceNotFoundError (ValueError)         Consul answered: no such service
         └── NoHealthyInstanceError                the service is known, but none of its instances is usable
@@ -12,11 +13,14 @@ A call that reached an instance and failed there raises httpx's own errors: ``ht
 answer, ``httpx.TransportError`` for a connection, both with one note per attempt (``error.__notes__``).
 """
 
+import httpx
+
 __all__ = [
     "InvalidInputError",
     "NoHealthyInstanceError",
     "RegistryError",
     "RegistryUnavailableError",
+    "ResponseTooLargeError",
     "ServiceNotFoundError",
 ]
 
@@ -31,6 +35,13 @@ class InvalidInputError(RegistryError, ValueError):
 
 class RegistryUnavailableError(RegistryError):
     """Consul can't be asked, and nothing is known from before. Never means that a service does not exist."""
+
+
+class ResponseTooLargeError(RegistryError, httpx.TransportError):
+    """An answer has more than this caller takes: raise the limit, if the answer is meant to be so large."""
+
+    def __init__(self, what: str, option: str, limit: int) -> None:
+        super().__init__(f"{what}: ConnectionOptions({option}={limit}) allows no more")
 
 
 class ServiceNotFoundError(RegistryError, ValueError):

@@ -64,7 +64,8 @@ class RegistryMiddleware:
 
     While the instance drains, also ``Connection: close``: no caller keeps a connection that is about to be cut.
     A request whose deadline has passed is answered 504 at once, and the app never sees it. The deadline and the retry
-    marker hold for the calls that a ServiceDiscoveryClient makes on the request's behalf, until it is answered.
+    marker hold for the calls that a ServiceDiscoveryClient makes on the request's behalf: the deadline until its answer
+    begins, the marker until it is whole.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -88,26 +89,27 @@ class RegistryMiddleware:
 
 
 async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    deadline, is_retry = context.read(scope["headers"])
-    if deadline is not None and deadline <= time.time():
+    imposed = context.read(scope["headers"])
+    if imposed.deadline is not None and imposed.deadline <= time.time():
         # Whoever asked has gone: an instance that was stopped must not work off what queued up meanwhile.
-        late = f"the deadline in {context.DEADLINE_HEADER} passed {time.time() - deadline:.3f} s ago"
+        late = f"the deadline in {context.DEADLINE_HEADER} passed {time.time() - imposed.deadline:.3f} s ago"
         await JSONResponse({"detail": late}, status_code=504)(scope, receive, send)
         return
 
     async def send_and_release(message: Message) -> None:
+        # The deadline is for the answer's beginning: what streams on may take its time, and so may what a task does
+        # after the answer. Both see it, since they share what was imposed.
+        imposed.deadline = None
         await send(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            # Nobody waits for what background tasks do.
-            context.deadline.set(None)
-            context.is_retry.set(False)
+            imposed.is_retry = False
 
-    before = context.deadline.set(deadline), context.is_retry.set(is_retry)
+    before = context.inherited.set(imposed)
     try:
         await app(scope, receive, send_and_release)
     finally:
-        context.deadline.reset(before[0])
-        context.is_retry.reset(before[1])
+        imposed.deadline, imposed.is_retry = None, False
+        context.inherited.reset(before)
 
 
 async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Collection
 
 from registry.balancing import Candidates, Endpoint, Pick, power_of_two_choices
+from registry.blame import Failure
 from registry.errors import NoHealthyInstanceError
 from registry.model import Snapshot
-from registry.retry import Failure
 
 __all__ = ["Pool"]
 

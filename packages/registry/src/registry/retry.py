@@ -5,41 +5,20 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
-from enum import Enum
 
 import httpx
 import tenacity
 
+from registry.blame import Failure
 from registry.errors import InvalidInputError
 
-__all__ = ["Backoff", "Failure", "RetryBudget", "RetryPolicy", "classify", "is_idempotent", "retry_after"]
+__all__ = ["Backoff", "RetryBudget", "RetryPolicy", "is_idempotent", "retry_after"]
 
 # RFC 9110, 9.2.2: "Of the request methods defined by this specification, PUT, DELETE, and safe request methods are
 # idempotent." Source: https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
 IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-
-
-class Failure(Enum):
-    """How far a failed attempt came."""
-
-    NOT_SENT = "not sent"
-    """No connection: the instance can't have seen the request."""
-    SENT = "sent"
-    """The request may have been seen, and may have had its effect."""
-    REFUSED = "refused"
-    """The caller's own fault, or nothing that another instance would answer differently."""
-
-
-def classify(outcome: httpx.Response | Exception) -> Failure | None:
-    """How far the attempt came; None: it succeeded."""
-    if isinstance(outcome, httpx.Response):
-        return Failure.SENT if outcome.status_code >= 500 else None
-    if isinstance(outcome, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)):
-        return Failure.NOT_SENT
-    if isinstance(outcome, (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)):
-        return Failure.SENT
-    return Failure.REFUSED
 
 
 def is_idempotent(request: httpx.Request) -> bool:
@@ -115,13 +94,15 @@ class RetryPolicy:
     def allows(self, failure: Failure, *, idempotent: bool, replayable: bool) -> bool:
         """Whether this failure may be followed by another attempt at all.
 
+        ``replayable``: the body is in memory, or its source has not been touched yet.
+
         | failure  | idempotent                  | not idempotent              |
         |----------|-----------------------------|-----------------------------|
         | not sent | if the body can be replayed | if the body can be replayed |
         | sent     | if the body can be replayed | never                       |
-        | refused  | never                       | never                       |
+        | final    | never                       | never                       |
         """
-        if failure is Failure.REFUSED or not replayable:
+        if failure is Failure.FINAL or not replayable:
             return False
         return failure is Failure.NOT_SENT or idempotent
 
@@ -138,6 +119,9 @@ def retry_after(response: httpx.Response) -> float | None:
     if re.fullmatch(r"[0-9]{1,9}", value.strip()):
         return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        date = parsedate_to_datetime(value)
+        # RFC 9110, 5.6.7: a date in one of its older forms names no zone, and "MUST be interpreted as" UTC.
+        utc = date if date.tzinfo else date.replace(tzinfo=UTC)
+        return max(0.0, utc.timestamp() - time.time())
     except (ValueError, TypeError):
         return None

@@ -3,16 +3,19 @@
 import asyncio
 import math
 import time
+from typing import NoReturn
 
 import httpx
 
 from registry.balancing import Endpoint, Pick, named_pick
-from registry.call import Call, Outcome
+from registry.blame import Blame, Failure
+from registry.call import Call, Outcome, Terms
 from registry.errors import InvalidInputError, RegistryError
+from registry.options import ConnectionOptions
 from registry.pool import Pool
 from registry.resolver import Resolver
-from registry.retry import Failure, RetryPolicy, classify
-from registry.sender import AiohttpSender, HttpxSender, Sender
+from registry.retry import RetryPolicy
+from registry.sender import H11Sender, HttpxSender, Sender
 from registry.upstream import Explanation, Upstream
 from registry.validation import check_service
 
@@ -20,6 +23,8 @@ __all__ = ["DiscoveryTransport"]
 
 PATIENCE = 60.0
 """Seconds between two attempts that a call without a deadline waits at most, whatever ``Retry-After`` says."""
+_AVOIDED = 0.2
+"""Seconds that an attempt which failed for no known reason counts as, so that failing quickly attracts no calls."""
 
 
 class DiscoveryTransport(httpx.AsyncBaseTransport):
@@ -28,10 +33,12 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
     For any httpx client: ``httpx.AsyncClient(transport=DiscoveryTransport(resolver), base_url="http://backend-api")``.
     The ``Host`` header keeps the service name. Request extensions: ``tag`` (only instances with this tag),
     ``idempotent`` (overrides what method and headers say), ``hedge`` (send a second attempt when the first is slow).
+    Nothing is written into the request: it may be sent again.
 
     Raises: ServiceNotFoundError, NoHealthyInstanceError, RegistryUnavailableError; InvalidInputError for a host that
-    is no service name; after the last attempt its own httpx.TransportError, with one note per attempt. A 5xx answer
-    to the last attempt is returned as it is, with the notes in ``response.extensions["attempts"]``.
+    is no service name; after the last attempt its own httpx.TransportError, with one note per attempt; what the source
+    of the request's body raises. A 5xx answer to the last attempt is returned as it is, with the notes in
+    ``response.extensions["attempts"]``.
     """
 
     def __init__(
@@ -41,34 +48,33 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         retry: RetryPolicy | None = None,
         deadline: float | None = None,
         policy: str | Pick = "p2c",
+        connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """``deadline``: seconds that a call may take over all attempts, until the answer's headers are there.
 
-        ``policy``: ``"p2c"``, ``"random"``, ``"round_robin"`` or a function. ``transport``: what talks to an instance.
+        ``policy``: ``"p2c"``, ``"random"``, ``"round_robin"`` or a function. ``transport``: what talks to an instance,
+        in place of connections of our own, which ``connections`` is for.
         """
         self._resolver = resolver
         self._retry = retry or RetryPolicy()
-        self._deadline = deadline
+        self._deadline = math.inf if deadline is None else deadline
         self._policy = policy
         self._upstreams: dict[tuple[str, str | None], Upstream] = {}
-        self._sender: Sender = AiohttpSender() if transport is None else HttpxSender(transport)
+        self._sender: Sender = H11Sender(connections) if transport is None else HttpxSender(transport, connections)
         named_pick(policy)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        answered: httpx.Response | None = request.extensions.pop("answered", None)
-        return await self.send(request) if answered is None else answered
+        terms = Terms(tag=request.extensions.get("tag"), deadline=time.time() + self._deadline)
+        return await self.send(request, terms)
 
-    async def send(self, request: httpx.Request, *, read: bool = False, limit: float | None = None) -> httpx.Response:
-        """What ``handle_async_request`` does; ``read``: with the whole body as part of the attempt.
-
-        ``limit``: seconds for one attempt.
-        """
+    async def send(self, request: httpx.Request, terms: Terms) -> httpx.Response:
+        """What ``handle_async_request`` does, on terms that a request can't carry."""
         if request.url.port is not None:
             raise InvalidInputError(f"{str(request.url)!r} names a port: leave it out, the registry knows it")
-        upstream = self._upstream(request.url.raw_host.decode("ascii"), request.extensions.get("tag"))
+        upstream = self._upstream(request.url.raw_host.decode("ascii"), terms.tag)
         upstream.budget.deposit()
-        call = Call(request, upstream, read, limit, self._deadline)
+        call = Call(request, upstream, terms)
         if call.left() <= 0:
             raise httpx.ConnectTimeout("the deadline has passed: nothing was sent", request=request)
         while True:
@@ -121,7 +127,10 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
     async def _attempt(
         self, call: Call, endpoint: Endpoint, picked: float | None = None
     ) -> tuple[Outcome, Failure | None]:
-        """Sends once, and tells the pool how it went. ``picked``: when it was chosen, if a task begins later."""
+        """Sends once, and tells the pool how it went. ``picked``: when it was chosen, if a task begins later.
+
+        Raises: what the source of the request's body raises.
+        """
         upstream, key = call.upstream, object()
         started = time.monotonic() if picked is None else picked
         number, headers = call.start(endpoint)
@@ -129,9 +138,9 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         outcome: Outcome
         try:
             outcome = await self._sender.send(
-                call.request, endpoint.instance, headers, call.attempt_limit(), read=call.read
+                call.request, endpoint.instance, headers, call.attempt_limit(), read=call.terms.read
             )
-        except httpx.TransportError as error:
+        except Exception as error:
             outcome = error
         except asyncio.CancelledError:
             # Its silence is a measurement too: an answer would have taken longer.
@@ -140,14 +149,19 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
             raise
         finally:
             del endpoint.started[key]
-        seconds = time.monotonic() - started
-        failure = classify(outcome)
+        now = time.monotonic()
+        seconds = now - started
+        failure, blame = call.judge(outcome, seconds)
         if failure is None:
             upstream.pool.succeeded(endpoint, seconds)
             upstream.latencies.append(seconds)
             return outcome, None
-        if failure is not Failure.REFUSED:
+        if blame is Blame.INSTANCE:
             upstream.pool.failed(endpoint, failure, seconds)
+        elif blame is Blame.NOBODY:
+            endpoint.observe(max(seconds, _AVOIDED), now)
+        elif failure is Failure.SENT:
+            endpoint.observe(seconds, now)
         call.note(number, endpoint, outcome)
         return outcome, failure
 
@@ -183,6 +197,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
                     await lost[0].aclose()
 
     def _upstream(self, service: str, tag: str | None) -> Upstream:
+        service = service.lower()
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
             check_service(service)
@@ -194,3 +209,15 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
     async def aclose(self) -> None:
         await self._sender.aclose()
         await self._resolver.aclose()
+
+    def handle_request(self, request: httpx.Request) -> NoReturn:
+        """Says what to do instead: ``httpx.Client`` calls it."""
+        raise InvalidInputError("DiscoveryTransport is for httpx.AsyncClient: an httpx.Client can't await its calls")
+
+    def __enter__(self) -> NoReturn:
+        self.handle_request(httpx.Request("GET", "http://service"))
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def close(self) -> None:
+        """Does nothing: ``httpx.Client`` calls it."""

@@ -15,6 +15,11 @@ from registry.retry import RetryBudget
 
 __all__ = ["EndpointState", "Explanation", "Upstream"]
 
+_LONG = 1.0
+"""Seconds of silence that are long where nothing is known of how long answers take."""
+_TOO_SHORT_TO_TELL = 0.25
+"""Seconds of silence that say nothing: the answer may be one that takes longer than most."""
+
 
 @dataclass(frozen=True, slots=True)
 class EndpointState:
@@ -81,6 +86,13 @@ class Upstream:
             await asyncio.sleep(0)
             raise absence or pool.unavailable()
         return endpoint
+
+    def is_long(self, seconds: float) -> bool:
+        """Whether an answer that has not come after so long is late: answers to others usually come sooner."""
+        if not self.latencies:
+            return seconds >= _LONG
+        usual = sorted(self.latencies)[len(self.latencies) * 99 // 100]
+        return seconds >= max(2 * usual, _TOO_SHORT_TO_TELL)
 
     def p95(self) -> float | None:
         """Seconds within which 95 % of the last answers came; None when too few have come to say."""

@@ -1,6 +1,7 @@
 """The public names of the ``registry`` package, under the path that the quick start shows."""
 
 from registry import (
+    ConnectionOptions,
     ConsulResolver,
     ConsulSettings,
     DiscoveryTransport,
@@ -11,6 +12,7 @@ from registry import (
     RegistryError,
     RegistryUnavailableError,
     Resolver,
+    ResponseTooLargeError,
     RetryPolicy,
     ServiceDiscoveryClient,
     ServiceHealth,
@@ -22,6 +24,7 @@ from registry import (
 )
 
 __all__ = [
+    "ConnectionOptions",
     "ConsulResolver",
     "ConsulSettings",
     "DiscoveryTransport",
@@ -32,6 +35,7 @@ __all__ = [
     "RegistryError",
     "RegistryUnavailableError",
     "Resolver",
+    "ResponseTooLargeError",
     "RetryPolicy",
     "ServiceDiscoveryClient",
     "ServiceHealth",

@@ -1,0 +1,179 @@
+"""One connection to an instance, for one exchange at a time, over asyncio."""
+
+import asyncio
+import select
+import time
+from collections.abc import Callable
+
+import httpx
+
+from registry.http11 import Exchange
+from registry.plain import Answer
+
+__all__ = ["Connection"]
+
+_UNREAD = 262_144
+"""Bytes that may wait for a slow reader before the sender is made to wait."""
+# Whatever there is to read on an idle connection, its end included, makes it unusable: nobody has asked for it.
+_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
+
+
+class Connection(asyncio.Protocol):
+    """A connection; whoever sends on it reads the answer, and ends the exchange with ``finish``."""
+
+    def __init__(self, on_lost: Callable[[], None]) -> None:
+        self.idle_since = 0.0
+        self.uploading = False
+        """Whether the request is still being written."""
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._poll = select.poll()
+        self._exchange: Exchange | None = None
+        self._upload: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._closed = False
+
+    def start(self, exchange: Exchange) -> None:
+        """Sends the request, or begins to, without waiting."""
+        self._exchange = exchange
+        self._transport.write(exchange.first)
+        self.uploading = self._drained is not None
+        if exchange.body is not None:
+            self.uploading = True
+            self._upload = self._loop.create_task(self._send(exchange))
+
+    async def head(self) -> Answer:
+        """The answer's head, as soon as it is there: perhaps before the request is sent whole.
+
+        Raises: httpx.TransportError; ResponseTooLargeError; what the source of the request's body raises.
+        """
+        exchange = self._exchange
+        assert exchange is not None
+        while (head := exchange.head()) is None:
+            await self._news(exchange)
+        return head
+
+    async def data(self) -> bytes:
+        """The next piece of the answer's body, undecoded; empty: there is no more. Raises: as ``head``."""
+        exchange = self._exchange
+        assert exchange is not None
+        while (data := exchange.data()) is None:
+            await self._news(exchange)
+        return data
+
+    def finish(self) -> bool:
+        """Ends the exchange; whether another may follow on this connection. Otherwise it is closed."""
+        exchange, self._exchange = self._exchange, None
+        if self._closed or self.uploading or exchange is None or not exchange.over:
+            self.close()
+            return False
+        self.idle_since = time.monotonic()
+        return True
+
+    def is_usable(self) -> bool:
+        """Whether a request may be sent: still open, known to the event loop or not, and nothing came unasked."""
+        return not self._closed and not self._poll.poll(0)
+
+    def close(self) -> None:
+        """Closes at once; what is not sent is not sent any more."""
+        self._closed = True
+        if self._upload is not None:
+            self._upload.cancel()
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    async def _news(self, exchange: Exchange) -> None:
+        """Returns when there may be something new: bytes, the end, or the request is sent whole. Raises: failures."""
+        if self._failure is not None:
+            raise self._failure
+        self._transport.resume_reading()
+        timer = None
+        if self._drained is not None:
+            limit, unsent = exchange.timeouts.get("write"), self._transport.get_write_buffer_size()
+            if limit is not None:
+                timer = self._loop.call_later(limit, self._check_progress, unsent)
+        elif not self.uploading:
+            limit = exchange.timeouts.get("read")
+            if limit is not None:
+                timer = self._loop.call_later(limit, self._fail, httpx.ReadTimeout(f"nothing came for {limit:g} s"))
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    async def _send(self, exchange: Exchange) -> None:
+        try:
+            async for piece in exchange.pieces():
+                if self._drained is not None:
+                    await self._drained
+                self._transport.write(piece)
+        except Exception as error:  # whatever the caller's own source raises is the caller's to see
+            self._fail(error)
+        self._upload = None
+        self.uploading = self._drained is not None
+        self._wake()
+
+    def _check_progress(self, unsent: int) -> None:
+        if self._transport.get_write_buffer_size() >= unsent:
+            self._fail(httpx.WriteTimeout("the instance takes nothing of the request any more"))
+        self._wake()
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._poll.register(transport.get_extra_info("socket"), _READABLE)
+
+    def data_received(self, data: bytes) -> None:
+        if self._exchange is None:
+            self.close()  # An answer that nobody asked for must not become the answer to the next request.
+            return
+        self._exchange.receive(data)
+        if self._exchange.unread > _UNREAD:
+            self._transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> None:
+        self._end(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(error)
+        if self._drained is not None:
+            self._drained.cancel()
+            self._drained = None
+        self._on_lost()
+
+    def _end(self, error: Exception | None) -> None:
+        self._closed = True
+        if error is not None:
+            self._fail(httpx.ReadError(str(error) or type(error).__name__))
+        elif self._exchange is not None:
+            self._exchange.end()
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._drained = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._drained is not None:
+            self._drained.set_result(None)
+            self._drained = None
+        self.uploading = self._upload is not None
+        self._wake()
