@@ -4,11 +4,11 @@
 |---------------------------------------------------------------------------|---------|----------------|
 | an answer below 500                                                       | yes     | nobody         |
 | an answer from 500 on                                                     | yes     | the instance   |
-| refused, unreachable, no such host, ``ConnectTimeout``                    | no      | the instance   |
+| ``ConnectError``, ``ConnectTimeout``: refused, unreachable, no such host  | no      | the instance   |
 | ``ReadTimeout``, ``WriteTimeout``, after longer than answers usually take | perhaps | the instance   |
 | the same, cut sooner by a limit of the caller's own                       | perhaps | the caller     |
 | ``ReadError``, ``WriteError``, ``RemoteProtocolError``, ``DecodingError`` | perhaps | the instance   |
-| ``ConnectError`` in the TLS handshake: perhaps the port speaks no TLS     | no      | nobody         |
+| either of these in the TLS handshake: perhaps the port speaks no TLS      | no      | nobody         |
 | no descriptor, port or memory left; a name server that does not answer    | no      | the caller     |
 | ``PoolTimeout``: all connections in use                                   | no      | the caller     |
 | ``LocalProtocolError``, ``UnsupportedProtocol``                           | no      | the caller     |
@@ -68,14 +68,12 @@ def judge(outcome: httpx.Response | Exception) -> Verdict:
     """What the outcome of one attempt means, by the table above; but for time-outs, where it takes the worst case."""
     if isinstance(outcome, httpx.Response):
         return Verdict(Failure.SENT, Blame.INSTANCE) if outcome.status_code >= 500 else _SUCCESS
-    if isinstance(outcome, httpx.ConnectError):
+    if isinstance(outcome, (httpx.ConnectError, httpx.ConnectTimeout)):
         causes = list(_causes(outcome))
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
             return Verdict(Failure.NOT_SENT, Blame.NOBODY)
         short = any(is_local_shortage(cause) for cause in causes)
         return Verdict(Failure.NOT_SENT, Blame.CALLER if short else Blame.INSTANCE)
-    if isinstance(outcome, httpx.ConnectTimeout):
-        return Verdict(Failure.NOT_SENT, Blame.INSTANCE)
     if isinstance(outcome, httpx.PoolTimeout):
         return Verdict(Failure.NOT_SENT, Blame.CALLER)
     if isinstance(outcome, _BROKEN):

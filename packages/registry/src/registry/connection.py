@@ -2,6 +2,7 @@
 
 import asyncio
 import select
+import ssl
 import time
 from collections.abc import Callable
 
@@ -35,6 +36,17 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._closed = False
+
+    async def secure(self, context: ssl.SSLContext, host: str) -> None:
+        """Speaks TLS from here on. Raises: ssl.SSLError, whatever else ends the handshake."""
+        try:
+            transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
+        except ssl.SSLError:
+            raise
+        except OSError as error:
+            raise ssl.SSLError(f"the TLS handshake broke off: {error!r}") from error
+        assert transport is not None
+        self._transport = transport
 
     def start(self, exchange: Exchange) -> None:
         """Sends the request, or begins to, without waiting."""
@@ -162,9 +174,11 @@ class Connection(asyncio.Protocol):
 
     def _end(self, error: Exception | None) -> None:
         self._closed = True
+        if self._exchange is None:
+            return
         if error is not None:
             self._fail(httpx.ReadError(str(error) or type(error).__name__))
-        elif self._exchange is not None:
+        else:
             self._exchange.end()
         self._wake()
 

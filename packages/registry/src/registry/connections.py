@@ -6,6 +6,7 @@ import socket
 import ssl
 import time
 from collections import deque
+from functools import partial
 from typing import NamedTuple
 
 import httpx
@@ -37,7 +38,7 @@ class Connections:
         self._idle: dict[Origin, deque[Connection]] = {}
         self._used: set[Connection] = set()
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._open = 0
+        self._open: set[object] = set()
         self._sweep: asyncio.TimerHandle | None = None
         self._tls: ssl.SSLContext | None = None
 
@@ -55,7 +56,7 @@ class Connections:
             await self._turn(self._least(pool, until))
         while True:
             connection = self._kept(origin)
-            if connection is None and (self._open < self._options.max_connections or self._evict()):
+            if connection is None and (len(self._open) < self._options.max_connections or self._evict()):
                 try:
                     connection = await self._connect(origin, self._least(connect, until))
                 except OSError as error:
@@ -100,33 +101,38 @@ class Connections:
         return None
 
     async def _connect(self, origin: Origin, limit: float | None) -> Connection:
-        connection = None
-        self._open += 1
+        slot, connection, ready = object(), None, False
+        self._open.add(slot)
         try:
             async with asyncio.timeout(limit) as scope:
                 _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._lost),
+                    lambda: Connection(partial(self._lost, slot)),
                     origin.host,
                     origin.port,
-                    ssl=self._context() if origin.scheme == "https" else None,
                     happy_eyeballs_delay=None if _is_address(origin.host) else _HAPPY_EYEBALLS,
                 )
+                if origin.scheme == "https":
+                    await connection.secure(self._context(), origin.host)
+            ready = True
             return connection
         except TimeoutError as error:
-            if scope.expired():
-                raise httpx.ConnectTimeout(f"no connection within {limit:.3f} s") from None
-            raise httpx.ConnectTimeout(str(error)) from error
+            if not scope.expired():
+                raise httpx.ConnectTimeout(str(error)) from error
+            silent = None if connection is None else ssl.SSLError("the other side does not answer in TLS")
+            raise httpx.ConnectTimeout(f"no connection within {limit:.3f} s") from silent
         finally:
-            if connection is None:
-                self._lost()
+            if not ready:
+                if connection is not None:
+                    connection.close()
+                self._lost(slot)
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
             self._tls = httpx.create_ssl_context()
         return self._tls
 
-    def _lost(self) -> None:
-        self._open -= 1
+    def _lost(self, slot: object) -> None:
+        self._open.discard(slot)
         self._next_turn()
 
     async def _turn(self, limit: float | None) -> None:

@@ -183,7 +183,7 @@ def _framed(request: httpx.Request, whole: bool) -> list[tuple[bytes, bytes]]:
     Transfer-Encoding header field." A server that believes the other one reads a second request out of the body.
     """
     headers = request.headers.raw
-    if "Transfer-Encoding" not in request.headers:
+    if request.headers.get("Transfer-Encoding", "").lower() != "chunked":
         return headers
     unwanted = b"transfer-encoding" if whole else b"content-length"
     framed = [pair for pair in headers if pair[0].lower() != unwanted]

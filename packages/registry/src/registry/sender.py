@@ -104,8 +104,8 @@ class H11Sender:
         until = None
         if limit is not None:
             until = asyncio.get_running_loop().time() + limit
-            if read:
-                exchange.timeouts = {"write": timeouts.get("write")}
+            if read and limit <= (timeouts.get("read") or limit):
+                exchange.timeouts = {"write": timeouts.get("write")}  # The limit comes first: no timer for each wait.
         origin = Origin(request.url.scheme, instance.address, instance.port)
         connection = stream = None
         scope = asyncio.timeout_at(until)
