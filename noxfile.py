@@ -43,6 +43,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def httpx2(session: nox.Session) -> None:
+    """Run the package's tests with httpx2 in httpx's place; arguments go to pytest."""
+    install(session)
+    session.run("pytest", "-p", "tests.support.httpx2_alias", *(session.posargs or ["packages"]))
+
+
+@nox.session
 def e2e(session: nox.Session) -> None:
     """Play the scenes of scaling and failover on containers, in ten minutes; arguments go to pytest."""
     install(session)

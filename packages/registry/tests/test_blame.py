@@ -73,10 +73,12 @@ def test_every_transport_error_is_judged_by_this_test() -> None:
     """httpx has no transport error that the rows above forgot."""
 
     def leaves(kind: type[Exception]) -> set[type[Exception]]:
-        below = {each for each in kind.__subclasses__() if each.__module__.partition(".")[0] == "httpx"}
+        below = {each for each in kind.__subclasses__() if each.__module__.partition(".")[0] == httpx.__name__}
         return set().union(*map(leaves, below)) if below else {kind}
 
-    assert leaves(httpx.TransportError) <= {type(error) for error, *_ in OUTCOMES}
+    # httpx2 has one more, for an event stream that is read after the call.
+    elsewhere = {getattr(httpx, "SSEError", None)}
+    assert leaves(httpx.TransportError) - elsewhere <= {type(error) for error, *_ in OUTCOMES}
 
 
 def test_unrelated_errors_are_no_causes() -> None:
@@ -248,7 +250,7 @@ async def test_silence_longer_than_usual_is_a_failure() -> None:
         await asyncio.sleep(3600)
         return False
 
-    async with client_of(healthy, hang) as client:
-        for _ in range(60):
+    async with client_of(healthy, hang, policy="round_robin") as client:
+        for _ in range(4):
             await client.get("cards", "/", timeout=0.3)
         assert client.explain("cards").endpoints[1].failures >= 1
