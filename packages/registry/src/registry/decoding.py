@@ -55,6 +55,8 @@ def _inflated(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
     decoder, begun = zlib.decompressobj(zlib.MAX_WBITS | 16 if coding == "gzip" else zlib.MAX_WBITS), False
     for piece in pieces:
         rest, output = piece, b"more may follow"
+        if decoder.eof:
+            yield b""  # What follows the end is nothing, and may be long: the event loop gets its turns.
         while (rest or output) and not decoder.eof:
             try:
                 output = decoder.decompress(rest, _PIECE)
