@@ -258,14 +258,21 @@ async def test_name_server_that_does_not_answer_is_no_reason_to_queue(monkeypatc
 async def test_callers_queue_for_what_this_machine_lacks(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No port or descriptor for a third connection: callers share two, nobody is blamed, nobody tries in a loop."""
     loop = asyncio.get_running_loop()
-    create, tries = loop.create_connection, 0
+    create, tries, connecting = loop.create_connection, 0, 0
+    opened: list[asyncio.Transport] = []
 
-    async def create_connection(factory: Any, *args: Any, **kw: Any) -> Any:
-        nonlocal tries
+    async def create_connection(*args: Any, **kw: Any) -> Any:
+        nonlocal tries, connecting
         tries += 1
-        if len(factory()._on_lost.__self__._all) > 2:
+        if connecting + sum(not transport.is_closing() for transport in opened) >= 2:
             raise OSError(code, "none left")
-        return await create(factory, *args, **kw)
+        connecting += 1
+        try:
+            made = await create(*args, **kw)
+        finally:
+            connecting -= 1
+        opened.append(made[0])
+        return made
 
     monkeypatch.setattr(loop, "create_connection", create_connection)
     async with raw_server(taking(0.02)) as one, raw_server(taking(0.02)) as two:
