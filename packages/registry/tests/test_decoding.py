@@ -146,6 +146,7 @@ def bomb(before: bytes = b"", megabytes: int = 4_096) -> bytes:
 
 BOMBS = {"gzip": bomb(megabytes=256), "gzip, gzip": gzip.compress(bomb()), "deflate, gzip": zlib.compress(bomb())}
 BOMBS["deflate, gzip"] = gzip.compress(zlib.compress(bytes(64 * MEGABYTE)))
+BOMBS |= {coding: PACKERS[coding](bytes(256 * MEGABYTE)) for coding in ("br", "zstd") if coding in PACKERS}
 
 
 @pytest.mark.parametrize("codings", BOMBS)
@@ -155,7 +156,8 @@ async def test_bomb_is_refused_within_the_limits_memory(codings: str) -> None:
     try:
         with pytest.raises(ResponseTooLargeError, match="max_response_size=1048576"):
             await unpacked(response(codings), BOMBS[codings], MEGABYTE)
-        assert tracemalloc.get_traced_memory()[1] < 2 * MEGABYTE
+        most = 40 if codings in {"br", "zstd"} else 2  # Their libraries know no limit for what they give at a time.
+        assert tracemalloc.get_traced_memory()[1] < most * MEGABYTE
     finally:
         tracemalloc.stop()
 

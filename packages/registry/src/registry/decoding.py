@@ -12,8 +12,9 @@ __all__ = ["unpacked"]
 
 _PIECE = 65_536
 """Bytes that are unpacked at a time."""
+_SLICES = {"br": 16}
 _SLICE = 256
-"""Bytes given at a time to a decoder whose output can't be limited: these may stand for a million times as many."""
+"""Bytes given at a time to a decoder whose output can't be limited: the most they stand for is some 10 MB."""
 _LAYERS = 4
 
 
@@ -77,7 +78,8 @@ def _foreign(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
     """Brotli and zstandard, where httpx finds their libraries; what it has no decoder for stays as it is."""
     decoding = httpx.Response(200, headers={"Content-Encoding": coding})
     decoder = decoding._get_content_decoder()  # noqa: SLF001  # no public way takes less than a whole body
+    size = _SLICES.get(coding, _SLICE)
     for piece in pieces:
-        for at in range(0, len(piece), _SLICE):
-            yield decoder.decode(piece[at : at + _SLICE])
+        for at in range(0, len(piece), size):
+            yield decoder.decode(piece[at : at + size])
     yield decoder.flush()
