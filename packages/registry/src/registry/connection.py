@@ -177,6 +177,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._drained = self._loop.create_future()
+        self._wake()  # Whoever waits for news waits for the instance now, within the write time-out.
 
     def resume_writing(self) -> None:
         self._go_on_writing()
