@@ -5,7 +5,9 @@ import gzip
 import json
 import pickle
 import socket
+import socketserver
 import struct
+import threading
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -36,7 +38,6 @@ from registry.errors import ResponseTooLargeError
 from registry.options import ConnectionOptions
 from registry.sender import H11Sender, HttpxSender
 from registry.testing.ports import free_ports
-from registry.testing.server import recording_server
 
 
 @both_ways
@@ -780,23 +781,27 @@ async def test_header_bytes_are_sent_as_they_are(value: bytes, body: bytes | Non
         assert b"\r\nX-Name: %s\r\n" % value in server.requests[0]
 
 
+class _InThreads(socketserver.BaseRequestHandler):
+    """Answers also while the test's event loop stands still."""
+
+    def handle(self) -> None:
+        while self.request.recv(65_536):
+            self.request.sendall(OK)
+
+
 async def test_time_out_beside_the_answer_is_not_the_next_calls() -> None:
     """The answer and the end of the time for it in the same turn of the event loop: the answer counts, and is all."""
-    loop = asyncio.get_running_loop()
-    with recording_server() as threaded:
-        instance = Instance("cards-1", "cards", "127.0.0.1", threaded.port)
-
-        def late(_: Any) -> None:
-            time.sleep(0.3)
-
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _InThreads) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        instance = Instance("cards-1", "cards", "127.0.0.1", server.server_address[1])
         async with open_sender() as sender:
             await attempt(sender, instance, read=True)
             call = asyncio.create_task(attempt(sender, instance, request(read=0.2), read=False))
             await asyncio.sleep(0)
-            loop.call_soon(late, None)
-            with suppress(httpx.ReadTimeout):
-                await call
-            assert (await attempt(sender, instance, request("POST", read=0.2), read=False)).content == b"{}"
+            asyncio.get_running_loop().call_soon(time.sleep, 0.3)
+            assert (await call).content == b"ok"
+            assert (await attempt(sender, instance, request("POST", read=0.2), read=False)).content == b"ok"
+        server.shutdown()
 
 
 async def test_failed_unpacking_leaves_the_connection_to_the_next_call() -> None:
