@@ -782,10 +782,11 @@ async def test_header_bytes_are_sent_as_they_are(value: bytes, body: bytes | Non
 
 
 class _InThreads(socketserver.BaseRequestHandler):
-    """Answers also while the test's event loop stands still."""
+    """Answers after a moment, also while the test's event loop stands still."""
 
     def handle(self) -> None:
         while self.request.recv(65_536):
+            time.sleep(0.1)
             self.request.sendall(OK)
 
 
