@@ -287,6 +287,29 @@ async def test_callers_queue_for_what_this_machine_lacks(code: int, monkeypatch:
                 assert (endpoint.failures, endpoint.ejected_for) == (0, 0.0)
 
 
+async def test_shortage_ends_with_an_attempt_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one connection that was being opened is given up: who queues for its descriptor gets it, not silence."""
+    loop = asyncio.get_running_loop()
+    create, tries = loop.create_connection, 0
+
+    async def create_connection(*args: Any, **kw: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            await asyncio.sleep(5)
+        if tries == 2:
+            raise OSError(errno.EMFILE, "none left")
+        return await create(*args, **kw)
+
+    monkeypatch.setattr(loop, "create_connection", create_connection)
+    async with raw_server(answering(OK)) as server, open_sender() as sender:
+        late = asyncio.create_task(attempt(sender, server, request(connect=0.1), read=True))
+        await until(lambda: tries == 1)
+        assert (await asyncio.wait_for(attempt(sender, server, read=True), 2)).content == b"ok"
+        with pytest.raises(httpx.ConnectTimeout):
+            await late
+
+
 async def test_shortage_that_no_connection_can_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of ours is open, so nothing is to be waited for: everybody is told at once, and nobody is ejected."""
 

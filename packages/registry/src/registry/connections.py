@@ -105,7 +105,7 @@ class Connections:
 
     async def _connect(self, origin: Origin, limit: float | None) -> Connection | None:
         """A new connection; None: this machine has nothing left for one, until another is closed."""
-        connection, stands = Connection(self._lost), False
+        connection, stands, short = Connection(self._lost), False, False
         self._all.add(connection)
         if self._waiters:
             self._loop.call_soon(self._next_turn)  # There may be room for one more, unless this one finds a shortage.
@@ -126,13 +126,14 @@ class Connections:
             raise httpx.ConnectTimeout(str(error)) from error
         except OSError as error:
             # Out of descriptors or ports is like being at the limit, as long as one may be given back.
-            self._short = not isinstance(error, socket.gaierror) and is_local_shortage(error) and len(self._all) > 1
-            if self._short:
+            short = not isinstance(error, socket.gaierror) and is_local_shortage(error) and len(self._all) > 1
+            if short:
                 return None
             raise httpx.ConnectError(str(error) or type(error).__name__) from error
         finally:
             if not stands:
                 self._all.discard(connection)
+                self._short = short
                 self._next_turn()
 
     def _context(self) -> ssl.SSLContext:
