@@ -5,10 +5,13 @@ import gzip
 import json
 import pickle
 import socket
+import socketserver
 import struct
+import threading
+import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -16,145 +19,25 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from registry import Instance
-from registry.sender import H11Sender, HttpxSender, Sender
+from packages.registry.tests.raw_server import (
+    OK,
+    RawServer,
+    answering,
+    attempt,
+    both_ways,
+    breaking_off,
+    open_sender,
+    raw_server,
+    request,
+    stalling,
+    until,
+)
+from registry import DiscoveryTransport, Instance, ServiceDiscoveryClient, StaticResolver
+from registry.blame import Blame, Failure, Verdict, judge
+from registry.errors import ResponseTooLargeError
+from registry.options import ConnectionOptions
+from registry.sender import H11Sender, HttpxSender
 from registry.testing.ports import free_ports
-
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-Handler = Callable[["RawServer", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-class RawServer:
-    """What a socket saw: every request's bytes, and how many connections came and stand."""
-
-    def __init__(self) -> None:
-        self.requests: list[bytes] = []
-        self.accepted = 0
-        self.open = 0
-        self.instance: Instance
-
-    async def read(self, reader: asyncio.StreamReader) -> bytes:
-        """One request without a body; raises IncompleteReadError when the client has left."""
-        head = await reader.readuntil(b"\r\n\r\n")
-        self.requests.append(head)
-        return head
-
-    async def has_open(self, connections: int) -> None:
-        """Returns when so many connections stand."""
-        await until(lambda: self.open == connections)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1_000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise TimeoutError
-
-
-@asynccontextmanager
-async def raw_server(handler: Handler, host: str = "127.0.0.1") -> AsyncIterator[RawServer]:
-    """A server that does with each connection what ``handler`` says, and closes it at its end."""
-    seen = RawServer()
-    tasks = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        tasks.add(task)
-        seen.accepted += 1
-        seen.open += 1
-        try:
-            await handler(seen, reader, writer)
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            seen.open -= 1
-            tasks.discard(task)
-            writer.close()
-
-    server = await asyncio.start_server(serve, host, 0)
-    seen.instance = Instance("cards-1", "cards", host, server.sockets[0].getsockname()[1])
-    try:
-        yield seen
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def answering(answer: bytes) -> Handler:
-    """Gives this answer to every request, over connections that it keeps."""
-
-    async def handler(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await seen.read(reader)
-            writer.write(answer)
-
-    return handler
-
-
-def breaking_off(answer: bytes) -> Handler:
-    """Sends this much and closes the connection."""
-
-    async def handler(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await seen.read(reader)
-        writer.write(answer)
-
-    return handler
-
-
-def stalling(answer: bytes) -> Handler:
-    """Sends this much and then nothing, until the client leaves."""
-
-    async def handler(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await seen.read(reader)
-        writer.write(answer)
-        await reader.read()
-
-    return handler
-
-
-@asynccontextmanager
-async def open_sender() -> AsyncIterator[H11Sender]:
-    sender = H11Sender()
-    try:
-        yield sender
-    finally:
-        await sender.aclose()
-
-
-def request(
-    method: str = "GET", path: str = "/x", *, connect: float = 2.0, read: float = 5.0, **kw: Any
-) -> httpx.Request:
-    return httpx.Request(
-        method, f"http://cards{path}", extensions={"timeout": {"connect": connect, "read": read}}, **kw
-    )
-
-
-async def attempt(
-    sender: Sender,
-    server: RawServer | Instance,
-    sent: httpx.Request | None = None,
-    limit: float | None = 5.0,
-    *,
-    read: bool,
-) -> httpx.Response:
-    """One attempt, its body read one way or the other."""
-    instance = server if isinstance(server, Instance) else server.instance
-    response = await sender.send(sent or request(), instance, {}, limit, read=read)
-    if not read:
-        try:
-            await response.aread()
-        except BaseException:
-            await response.aclose()  # as httpx's client does
-            raise
-    return response
-
-
-both_ways = pytest.mark.parametrize("read", [True, False], ids=["read", "stream"])
 
 
 @both_ways
@@ -577,3 +460,381 @@ async def test_httpx_sender_passes_errors_on(read: bool) -> None:
         async with raw_server(breaking_off(BROKEN["half a body"])) as server:
             with pytest.raises(httpx.RemoteProtocolError):
                 await attempt(HttpxSender(plain), server, read=read)
+
+
+BIG = bytes(30_000_000)
+"""More than the sockets of both sides hold."""
+
+
+async def closed(sender: H11Sender) -> None:
+    """Returns when the sender has no connection any more."""
+    pool = sender._connections
+    assert pool
+    await until(lambda: not pool._all)
+
+
+async def pieces(*given: bytes | BaseException) -> AsyncIterator[bytes]:
+    """An upload's source that yields this, and raises what is an error."""
+    for piece in given:
+        await asyncio.sleep(0)
+        if isinstance(piece, BaseException):
+            raise piece
+        yield piece
+
+
+def big(streamed: bool) -> Any:
+    return pieces(*(BIG[:100_000] for _ in range(300))) if streamed else BIG
+
+
+async def reads_nothing_more(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Reads a request's head and then neither reads nor answers, until the client leaves."""
+    await seen.read(reader)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await asyncio.sleep(30)
+
+
+both_bodies = pytest.mark.parametrize("streamed", [False, True], ids=["bytes", "streamed body"])
+
+
+@both_bodies
+@pytest.mark.parametrize(("read", "write", "limit"), [(True, 0.2, 5.0), (True, 5.0, 0.2), (False, 0.2, 5.0)])
+async def test_instance_that_stops_reading_is_a_write_time_out(
+    read: bool, write: float, limit: float, streamed: bool
+) -> None:
+    """Whichever limit ends it, and however the body comes: WriteTimeout, and the connection is closed."""
+    async with raw_server(reads_nothing_more) as server, open_sender() as sender, asyncio.timeout(3):
+        with pytest.raises(httpx.WriteTimeout):
+            await attempt(sender, server, request("POST", write=write, content=big(streamed)), limit, read=read)
+        await closed(sender)
+
+
+@both_bodies
+async def test_write_time_out_holds_for_every_client(streamed: bool) -> None:
+    """An httpx client over the transport, and the facade: WriteTimeout, and the request went out once."""
+    async with raw_server(reads_nothing_more) as server, asyncio.timeout(5):
+        resolver = StaticResolver({"cards": [server.instance]})
+        limits = httpx.Timeout(5, write=0.2)
+        async with httpx.AsyncClient(transport=DiscoveryTransport(resolver), timeout=limits) as http:
+            with pytest.raises(httpx.WriteTimeout):
+                await http.post("http://cards/x", content=big(streamed))
+        async with ServiceDiscoveryClient(resolver, timeout=0.3) as client:
+            with pytest.raises(httpx.WriteTimeout):
+                await client.post("cards", "/x", content=big(streamed))
+        assert len(server.requests) == 2
+
+
+@both_bodies
+@both_ways
+async def test_slow_reader_is_no_write_time_out(read: bool, streamed: bool) -> None:
+    """A body that takes longer than the write time-out, of which always something is taken, arrives."""
+    taken = 0
+
+    async def slowly(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal taken
+        await seen.read(reader)
+        while taken < len(BIG):
+            await asyncio.sleep(0.03 if taken < 25_000_000 else 0)
+            for _ in range(10):
+                if taken < len(BIG):
+                    taken += len(await reader.read(1_000_000))
+        writer.write(OK)
+        await reader.read()
+
+    async with raw_server(slowly) as server, open_sender() as sender:
+        started = time.monotonic()
+        sent = request("POST", write=0.3, content=big(streamed))
+        assert (await attempt(sender, server, sent, None, read=read)).content == b"ok"
+        assert time.monotonic() - started > 0.3
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept open", "closed"])
+@both_bodies
+@both_ways
+async def test_answer_before_the_end_of_the_request_counts(read: bool, streamed: bool, keeps: bool) -> None:
+    """413 to a head whose body nobody reads: it is the answer, the rest is not sent, the connection is closed."""
+    early = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 5\r\n\r\nlarge"
+
+    async def refuse(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.set_write_buffer_limits(0)
+        await seen.read(reader)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(early)
+        await writer.drain()
+        if keeps:
+            await asyncio.sleep(30)
+
+    async with raw_server(refuse) as server, open_sender() as sender, asyncio.timeout(10):
+        for number in range(1, 11):
+            answered = await attempt(sender, server, request("POST", content=big(streamed)), read=read)
+            assert (answered.status_code, answered.content) == (413, b"large")
+            assert server.accepted == number
+            await closed(sender)
+
+
+async def drain_and_answer(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers what it takes for whole requests of three bytes, and keeps the rest it got."""
+    while True:
+        await seen.read(reader)
+        seen.requests.append(await reader.readexactly(3))
+        writer.write(OK)
+
+
+@pytest.mark.parametrize("body", [(b"ab",), (b"ab", b"cd"), ()], ids=["shorter", "longer", "nothing"])
+@both_ways
+async def test_stream_must_fit_its_length(body: tuple[bytes, ...], read: bool) -> None:
+    """A stream that is not as long as its Content-Length says: the caller's error, on a connection closed at once."""
+    async with raw_server(drain_and_answer) as server, open_sender() as sender:
+        sent = request("POST", content=pieces(*body), headers={"Content-Length": "3"})
+        with pytest.raises(httpx.LocalProtocolError) as raised:
+            await attempt(sender, server, sent, read=read)
+        assert judge(raised.value) == Verdict(Failure.FINAL, Blame.CALLER)
+        await closed(sender)
+        sent = request("POST", content=pieces(b"a", b"bc"), headers={"Content-Length": "3"})
+        assert (await attempt(sender, server, sent, read=read)).content == b"ok"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mine"), TimeoutError("mine"), OSError("mine"), asyncio.CancelledError("mine")]
+)
+@both_ways
+async def test_what_the_source_raises_is_what_the_caller_sees(error: BaseException, read: bool) -> None:
+    """Whatever it is, and even if it looks like an error of ours: as it is, at once, with the connection closed."""
+    async with raw_server(stalling(b"")) as server, open_sender() as sender:
+        call = attempt(sender, server, request("POST", content=pieces(b"a", error)), read=read)
+        with pytest.raises(type(error), match="mine"):
+            await asyncio.wait_for(call, 2)
+        await closed(sender)
+
+
+async def test_switch_of_protocols_says_what_to_do() -> None:
+    """101 to a caller who asked for it: what this client can't; 101 unasked: a broken answer."""
+    switch = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"
+    async with raw_server(stalling(switch)) as server, open_sender() as sender:
+        asked = request(headers={"Upgrade": "websocket", "Connection": "upgrade"})
+        with pytest.raises(httpx.UnsupportedProtocol, match="WebSocket client"):
+            await attempt(sender, server, asked, read=True)
+        with pytest.raises(httpx.RemoteProtocolError):
+            await attempt(sender, server, read=True)
+        await closed(sender)
+    async with raw_server(answering(OK)) as server, open_sender() as sender:
+        for _ in range(2):  # refused: an answer like any other
+            assert (await attempt(sender, server, asked, read=True)).content == b"ok"
+
+
+HINTS = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD"])
+@both_ways
+async def test_interim_answers_are_passed_over(method: str, read: bool) -> None:
+    """100 and 103 are not the answer; the connection is kept."""
+    final = OK[:-2] if method == "HEAD" else OK
+    async with raw_server(answering(HINTS + final)) as server, open_sender() as sender:
+        for _ in range(3):
+            answered = await attempt(sender, server, request(method), read=read)
+            assert (answered.status_code, "Link" in answered.headers) == (200, False)
+        assert server.accepted == 1
+
+
+@both_ways
+async def test_answer_to_head_has_no_body(read: bool) -> None:
+    """Its Content-Length says what GET would give: nothing is waited for, and the connection is kept."""
+    sent = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"
+    async with raw_server(answering(sent)) as server, open_sender() as sender:
+        for _ in range(3):
+            answered = await attempt(sender, server, request("HEAD"), read=read)
+            assert (answered.headers["Content-Length"], answered.content) == ("99", b"")
+        assert server.accepted == 1
+
+
+SURPLUS = {
+    "204": ("DELETE", b"HTTP/1.1 204 No Content\r\n\r\nsurplus"),
+    "304": ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\nsurplus"),
+    "HEAD": ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nsurplus"),
+    "200": ("DELETE", OK + b"surplus"),
+    "chunked": ("DELETE", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nsurplus"),
+}
+
+
+@pytest.mark.parametrize(("method", "sent"), SURPLUS.values(), ids=SURPLUS)
+async def test_surplus_bytes_close_the_connection_and_nothing_else(method: str, sent: bytes) -> None:
+    """The answer counts, arrives once, blames nobody; what came after it is never another call's answer."""
+    async with raw_server(answering(sent)) as server:
+        resolver = StaticResolver({"cards": [server.instance]})
+        async with ServiceDiscoveryClient(resolver) as client:
+            for number in range(1, 4):
+                answered = await client.http.request(method, "http://cards/x")
+                assert answered.status_code == int(sent[9:12])
+                assert b"surplus" not in answered.content
+                assert len(server.requests) == server.accepted == number
+                await server.has_open(0)
+            assert client.explain("cards").endpoints[0].failures == 0
+
+
+OLD = {
+    "a length": (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", "HTTP/1.0"),
+    "kept, it says": (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok", "HTTP/1.0"),
+    "until closed": (b"HTTP/1.0 200 OK\r\n\r\nok", "HTTP/1.0"),
+    "until closed, 1.1": (b"HTTP/1.1 200 OK\r\n\r\nok", "HTTP/1.1"),
+    "1.1 with close": (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", "HTTP/1.1"),
+}
+
+
+@pytest.mark.parametrize(("sent", "version"), OLD.values(), ids=OLD)
+@both_ways
+async def test_connection_that_is_not_to_be_kept_is_closed(sent: bytes, version: str, read: bool) -> None:
+    """Answers of HTTP/1.0, or to the end of the connection: read whole, and the next call takes another connection."""
+    async with raw_server(breaking_off(sent)) as server, open_sender() as sender:
+        for number in range(1, 4):
+            answered = await attempt(sender, server, read=read)
+            assert (answered.content, answered.http_version) == (b"ok", version)
+            assert server.accepted == number
+            await closed(sender)
+
+
+@both_ways
+async def test_trailers_are_read_and_ignored(read: bool) -> None:
+    """They end the answer, are none of its headers, and the connection is kept."""
+    sent = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Sum: 1\r\nX-End: 2\r\n\r\n"
+    async with raw_server(answering(sent)) as server, open_sender() as sender:
+        for _ in range(3):
+            answered = await attempt(sender, server, read=read)
+            assert (answered.content, answered.headers.raw) == (b"ok", [(b"Transfer-Encoding", b"chunked")])
+        assert server.accepted == 1
+
+
+def headed(lines: int, size: int) -> bytes:
+    return answer(b"ok", *(f"X-{number}: {'x' * size}" for number in range(lines - 1)))
+
+
+@pytest.mark.parametrize(
+    ("sent", "options", "option"),
+    [
+        (headed(1, 0), ConnectionOptions(), None),
+        (headed(1_000, 40), ConnectionOptions(), None),
+        (headed(2, 65_000), ConnectionOptions(), None),
+        (headed(1_001, 1), ConnectionOptions(), "max_headers=1000"),
+        (headed(2, 70_000), ConnectionOptions(), "max_header_size=65536"),
+        (headed(900, 100), ConnectionOptions(), "max_header_size=65536"),
+        (headed(2, 300_000), ConnectionOptions(max_header_size=400_000), None),
+        (headed(5_000, 1), ConnectionOptions(max_headers=5_000), None),
+        (headed(11, 1), ConnectionOptions(max_headers=10), "max_headers=10"),
+        (headed(3, 100), ConnectionOptions(max_header_size=200), "max_header_size=200"),
+    ],
+)
+@both_ways
+async def test_head_of_an_answer_is_limited(
+    sent: bytes, options: ConnectionOptions, option: str | None, read: bool
+) -> None:
+    """64 kB and 1,000 lines, or as the options say: over that an error that names the option and blames nobody."""
+    async with raw_server(answering(sent)) as server, open_sender(options) as sender:
+        if option is None:
+            assert (await attempt(sender, server, read=read)).content == b"ok"
+            return
+        with pytest.raises(ResponseTooLargeError, match=option) as raised:
+            await attempt(sender, server, read=read)
+        assert judge(raised.value) == Verdict(Failure.FINAL, Blame.NOBODY)
+        assert len(server.requests) == 1
+
+
+async def test_answer_that_is_read_whole_is_limited_in_size() -> None:
+    """The facade refuses more than the option says, once, blaming nobody; a stream may be as long as it likes."""
+    options = ConnectionOptions(max_response_size=1_000)
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1_001 + b"\r\n0\r\n\r\n"
+    for sent, fits in ((answer(b"x" * 1_000), True), (answer(b"x" * 1_001), False), (chunked, False)):
+        async with raw_server(answering(sent)) as server:
+            resolver = StaticResolver({"cards": [server.instance]})
+            async with ServiceDiscoveryClient(resolver, connections=options) as client:
+                if fits:
+                    assert len((await client.get("cards", "/x")).content) == 1_000
+                    continue
+                with pytest.raises(ResponseTooLargeError, match="max_response_size=1000"):
+                    await client.get("cards", "/x")
+                assert len(server.requests) == 1
+                assert client.explain("cards").endpoints[0].failures == 0
+            async with (
+                httpx.AsyncClient(transport=DiscoveryTransport(resolver, connections=options)) as http,
+                http.stream("GET", "http://cards/x") as streamed,
+            ):
+                assert len(await streamed.aread()) == 1_001
+
+
+@both_ways
+async def test_time_out_of_an_inner_transports_own_is_passed_on(read: bool) -> None:
+    """Only the attempt's own limit becomes a ReadTimeout."""
+
+    class Impatient(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            raise TimeoutError("the transport's own")
+
+    instance = Instance("cards-1", "cards", "127.0.0.1", 1)
+    with pytest.raises(TimeoutError, match="the transport's own"):
+        await attempt(HttpxSender(Impatient()), instance, read=read)
+
+
+@pytest.mark.parametrize("value", ["Käse".encode(), "Käse".encode("latin-1"), b"\x80\xff", b"a\tb", b""])
+@pytest.mark.parametrize("body", [None, b"ab"])
+async def test_header_bytes_are_sent_as_they_are(value: bytes, body: bytes | None) -> None:
+    """UTF-8, latin-1 or neither: the server gets those bytes."""
+    async with raw_server(stalling(OK)) as server, open_sender() as sender:
+        await attempt(sender, server, request("POST", headers=[(b"X-Name", value)], content=body), read=True)
+        assert b"\r\nX-Name: %s\r\n" % value in server.requests[0]
+
+
+class _InThreads(socketserver.BaseRequestHandler):
+    """Answers after a moment, also while the test's event loop stands still."""
+
+    def handle(self) -> None:
+        while self.request.recv(65_536):
+            time.sleep(0.1)
+            self.request.sendall(OK)
+
+
+async def test_time_out_beside_the_answer_is_not_the_next_calls() -> None:
+    """The answer and the end of the time for it in the same turn of the event loop: the answer counts, and is all."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _InThreads) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        instance = Instance("cards-1", "cards", "127.0.0.1", server.server_address[1])
+        async with open_sender() as sender:
+            await attempt(sender, instance, read=True)
+            call = asyncio.create_task(attempt(sender, instance, request(read=0.2), read=False))
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(time.sleep, 0.3)
+            assert (await call).content == b"ok"
+            assert (await attempt(sender, instance, request("POST", read=0.2), read=False)).content == b"ok"
+        server.shutdown()
+
+
+async def test_failed_unpacking_leaves_the_connection_to_the_next_call() -> None:
+    """A connection is given back once: while one body is unpacked and refused, another call has it for its own."""
+    packed = gzip.compress(bytes(20_000_000))[:-1]
+
+    async def handler(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            if b"/packed" in await seen.read(reader):
+                writer.write(answer(packed, "Content-Encoding: gzip"))
+            else:
+                await asyncio.sleep(0.2)  # longer than the unpacking
+                writer.write(OK)
+
+    async with raw_server(handler) as server, open_sender(ConnectionOptions(max_connections=1)) as sender:
+        first = asyncio.create_task(attempt(sender, server, request(path="/packed"), read=True))
+        await until(lambda: len(server.requests) == 1)
+        assert (await attempt(sender, server, request("POST", "/other"), 2.0, read=True)).content == b"ok"
+        with pytest.raises(httpx.DecodingError):
+            await first
+        assert server.accepted == 1
+
+
+async def test_server_that_closes_or_speaks_first_is_a_broken_one() -> None:
+    """What a client meets that expects an answer: an error at once, not silence until a time-out."""
+    for greeting in (b"", b"220 mail ready\r\n"):
+
+        async def greet(seen: RawServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(greeting)  # noqa: B023
+
+        async with raw_server(greet) as server, open_sender() as sender, asyncio.timeout(3):
+            for _ in range(5):
+                with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+                    await attempt(sender, server, read=True)
+            await closed(sender)

@@ -4,11 +4,12 @@
 |---------------------------------------------------------------------------|---------|----------------|
 | an answer below 500                                                       | yes     | nobody         |
 | an answer from 500 on                                                     | yes     | the instance   |
-| ``ConnectError``, ``ConnectTimeout``: refused, unreachable, no such host  | no      | the instance   |
-| ``ReadTimeout``, ``WriteTimeout``, after longer than answers usually take | perhaps | the instance   |
-| the same, cut sooner by a limit of the caller's own                       | perhaps | the caller     |
+| ``ConnectError``: refused, unreachable, no such host                      | no      | the instance   |
+| ``ConnectTimeout``, after longer than answers usually take                | no      | the instance   |
+| ``ReadTimeout``, ``WriteTimeout``, likewise                               | perhaps | the instance   |
+| any of these, cut sooner by a limit of the caller's own                   | perhaps | the caller     |
 | ``ReadError``, ``WriteError``, ``RemoteProtocolError``, ``DecodingError`` | perhaps | the instance   |
-| either of these in the TLS handshake: perhaps the port speaks no TLS      | no      | nobody         |
+| ``ConnectError``, ``ConnectTimeout`` in the TLS handshake: perhaps the port speaks no TLS      | no      | nobody         |
 | no descriptor, port or memory left; a name server that does not answer    | no      | the caller     |
 | ``PoolTimeout``: all connections in use                                   | no      | the caller     |
 | ``LocalProtocolError``, ``UnsupportedProtocol``                           | no      | the caller     |

@@ -107,7 +107,7 @@ class Call:
         if self._source is not None and self._source.error is not None:
             raise self._source.error
         verdict = judge(outcome)
-        if verdict.blame is Blame.INSTANCE and isinstance(outcome, (httpx.ReadTimeout, httpx.WriteTimeout)):
+        if verdict.blame is Blame.INSTANCE and isinstance(outcome, httpx.TimeoutException):
             patience = self.terms.patience
             if (patience is None or seconds < patience) and not self.upstream.is_long(seconds):
                 return Verdict(verdict.failure, Blame.CALLER)

@@ -22,7 +22,7 @@ _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 class Connection(asyncio.Protocol):
     """A connection; whoever sends on it reads the answer, and ends the exchange with ``finish``."""
 
-    def __init__(self, on_lost: Callable[[], None]) -> None:
+    def __init__(self, on_lost: Callable[["Connection"], None]) -> None:
         self.idle_since = 0.0
         self.uploading = False
         """Whether the request is still being written."""
@@ -51,6 +51,9 @@ class Connection(asyncio.Protocol):
     def start(self, exchange: Exchange) -> None:
         """Sends the request, or begins to, without waiting."""
         self._exchange = exchange
+        if self._closed:
+            exchange.end()
+            return
         self._transport.write(exchange.first)
         self.uploading = self._drained is not None
         if exchange.body is not None:
@@ -79,7 +82,7 @@ class Connection(asyncio.Protocol):
     def finish(self) -> bool:
         """Ends the exchange; whether another may follow on this connection. Otherwise it is closed."""
         exchange, self._exchange = self._exchange, None
-        if self._closed or self.uploading or exchange is None or not exchange.over:
+        if self._closed or self._failure or self.uploading or exchange is None or not exchange.over:
             self.close()
             return False
         self.idle_since = time.monotonic()
@@ -94,10 +97,7 @@ class Connection(asyncio.Protocol):
         self._closed = True
         if self._upload is not None:
             self._upload.cancel()
-        if self._transport.get_write_buffer_size():
-            self._transport.abort()
-        else:
-            self._transport.close()
+        self._transport.abort()  # close() would wait for what is not sent, and for the farewell of TLS.
 
     async def _news(self, exchange: Exchange) -> None:
         """Returns when there may be something new: bytes, the end, or the request is sent whole. Raises: failures."""
@@ -126,8 +126,12 @@ class Connection(asyncio.Protocol):
             async for piece in exchange.pieces():
                 if self._drained is not None:
                     await self._drained
+                if self._poll.poll(0):
+                    await asyncio.sleep(0)  # An early answer is read first: a write that fails would throw it away.
+                if self._closed:
+                    break
                 self._transport.write(piece)
-        except Exception as error:  # whatever the caller's own source raises is the caller's to see
+        except BaseException as error:  # whatever the caller's own source raises is the caller's to see
             self._fail(error)
         self._upload = None
         self.uploading = self._drained is not None
@@ -145,6 +149,11 @@ class Connection(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _go_on_writing(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
 
     # What the event loop calls.
 
@@ -167,10 +176,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end(error)
-        if self._drained is not None:
-            self._drained.cancel()
-            self._drained = None
-        self._on_lost()
+        self._go_on_writing()
+        self._on_lost(self)
 
     def _end(self, error: Exception | None) -> None:
         self._closed = True
@@ -184,10 +191,9 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._drained = self._loop.create_future()
+        self._wake()  # Whoever waits for news waits for the instance now, within the write time-out.
 
     def resume_writing(self) -> None:
-        if self._drained is not None:
-            self._drained.set_result(None)
-            self._drained = None
+        self._go_on_writing()
         self.uploading = self._upload is not None
         self._wake()

@@ -6,7 +6,6 @@ import socket
 import ssl
 import time
 from collections import deque
-from functools import partial
 from typing import NamedTuple
 
 import httpx
@@ -37,8 +36,13 @@ class Connections:
         self._loop = asyncio.get_running_loop()
         self._idle: dict[Origin, deque[Connection]] = {}
         self._used: set[Connection] = set()
+        self._all: set[Connection] = set()
+        """Those that are being opened or closed too: each may hold a descriptor."""
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._open: set[object] = set()
+        self._called: asyncio.Future[None] | None = None
+        """The waiter whose turn it is, until it runs: whoever comes meanwhile comes after it."""
+        self._short = False
+        """Whether this machine had no descriptor or port for one more, and none was given back since."""
         self._sweep: asyncio.TimerHandle | None = None
         self._tls: ssl.SSLContext | None = None
 
@@ -52,21 +56,19 @@ class Connections:
 
         Raises: httpx.PoolTimeout, ConnectTimeout, ConnectError.
         """
-        if self._waiters:
-            await self._turn(self._least(pool, until))
+        if self._waiters or self._called is not None:
+            pool = await self._turn(pool, until)
         while True:
             connection = self._kept(origin)
-            if connection is None and (len(self._open) < self._options.max_connections or self._evict()):
-                try:
-                    connection = await self._connect(origin, self._least(connect, until))
-                except OSError as error:
-                    # Out of descriptors or ports is like being at the limit, as long as one may be given back.
-                    if not is_local_shortage(error) or not (self._evict() or self._used):
-                        raise httpx.ConnectError(str(error) or type(error).__name__) from error
+            if connection is None and self._has_room():
+                connection = await self._connect(origin, self._least(connect, until))
             if connection is not None:
                 self._used.add(connection)
+                if self._waiters:
+                    self._next_turn()
                 return connection
-            await self._turn(self._least(pool, until))
+            self._evict()
+            pool = await self._turn(pool, until, again=True)
 
     def release(self, connection: Connection, origin: Origin) -> None:
         """The exchange is over, whether it ended well or not: keeps the connection, or closes it."""
@@ -81,6 +83,7 @@ class Connections:
         """Closes all connections, those in use too."""
         if self._sweep is not None:
             self._sweep.cancel()
+            self._sweep = None
         for connection in [*self._used, *(kept for idle in self._idle.values() for kept in idle)]:
             connection.close()
         self._idle.clear()
@@ -100,71 +103,95 @@ class Connections:
             connection.close()
         return None
 
-    async def _connect(self, origin: Origin, limit: float | None) -> Connection:
-        slot, connection, ready = object(), None, False
-        self._open.add(slot)
+    async def _connect(self, origin: Origin, limit: float | None) -> Connection | None:
+        """A new connection; None: this machine has nothing left for one, until another is closed."""
+        connection, connected, stands, short = Connection(self._lost), False, False, False
+        self._all.add(connection)
+        if self._waiters:
+            self._loop.call_soon(self._next_turn)  # There may be room for one more, unless this one finds a shortage.
         try:
             async with asyncio.timeout(limit) as scope:
-                _, connection = await self._loop.create_connection(
-                    lambda: Connection(partial(self._lost, slot)),
+                await self._loop.create_connection(
+                    lambda: connection,
                     origin.host,
                     origin.port,
                     happy_eyeballs_delay=None if _is_address(origin.host) else _HAPPY_EYEBALLS,
                 )
+                connected = True
                 if origin.scheme == "https":
                     await connection.secure(self._context(), origin.host)
-            ready = True
+            stands = True
             return connection
         except TimeoutError as error:
             if not scope.expired():
                 raise httpx.ConnectTimeout(str(error)) from error
-            silent = None if connection is None else ssl.SSLError("the other side does not answer in TLS")
+            silent = ssl.SSLError("the other side does not answer in TLS") if connected else None
             raise httpx.ConnectTimeout(f"no connection within {limit:.3f} s") from silent
+        except OSError as error:
+            # Out of descriptors or ports is like being at the limit, as long as one may be given back.
+            short = not isinstance(error, socket.gaierror) and is_local_shortage(error) and len(self._all) > 1
+            if short:
+                return None
+            raise httpx.ConnectError(str(error) or type(error).__name__) from error
         finally:
-            if not ready:
-                if connection is not None:
+            if not stands:
+                if connected:
                     connection.close()
-                self._lost(slot)
+                self._all.discard(connection)
+                self._short = short
+                self._next_turn()
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
             self._tls = httpx.create_ssl_context()
         return self._tls
 
-    def _lost(self, slot: object) -> None:
-        self._open.discard(slot)
+    def _has_room(self) -> bool:
+        return len(self._all) < self._options.max_connections and not self._short
+
+    def _lost(self, connection: Connection) -> None:
+        self._all.discard(connection)
+        self._short = False
         self._next_turn()
 
-    async def _turn(self, limit: float | None) -> None:
-        waiter = self._loop.create_future()
-        self._waiters.append(waiter)
+    async def _turn(self, limit: float | None, until: float | None, *, again: bool = False) -> float | None:
+        """Waits until there may be a connection, or room for one. Returns what is left of ``limit``."""
+        waiter, started = self._loop.create_future(), self._loop.time()
+        if again:
+            self._waiters.appendleft(waiter)
+        else:
+            self._waiters.append(waiter)
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(self._least(limit, until)):
                 await waiter
         except BaseException as error:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-            else:
+            if waiter is self._called:
+                self._called = None
                 self._next_turn()  # It came too late for this caller: the next one's.
+            elif waiter in self._waiters:
+                self._waiters.remove(waiter)
             if isinstance(error, TimeoutError):
-                most = self._options.max_connections
-                raise httpx.PoolTimeout(f"no connection (of at most {most}) was free within {limit:.3f} s") from None
+                most, waited = self._options.max_connections, self._loop.time() - started
+                raise httpx.PoolTimeout(f"no connection (of at most {most}) was free within {waited:.3f} s") from None
             raise
+        self._called = None
+        return None if limit is None else limit - (self._loop.time() - started)
 
     def _next_turn(self) -> None:
-        while self._waiters:
+        """Calls the one that has waited longest, if there may be something for it and no other is being called."""
+        while self._waiters and self._called is None and (self._has_room() or any(self._idle.values())):
             waiter = self._waiters.popleft()
             if not waiter.done():
+                self._called = waiter
                 waiter.set_result(None)
-                return
 
-    def _evict(self) -> bool:
+    def _evict(self) -> None:
         """Closes the idle connection that was idle longest, if there is one, to make room for another."""
-        kept = [idle for idle in self._idle.values() if idle]
-        if not kept:
-            return False
-        min(kept, key=lambda idle: idle[0].idle_since).popleft().close()
-        return True
+        while kept := [idle for idle in self._idle.values() if idle]:
+            connection = min(kept, key=lambda idle: idle[0].idle_since).popleft()
+            if connection in self._all:
+                connection.close()
+                return
 
     def _close_expired(self) -> None:
         oldest = time.monotonic() - self._options.keepalive

@@ -12,8 +12,9 @@ __all__ = ["unpacked"]
 
 _PIECE = 65_536
 """Bytes that are unpacked at a time."""
+_SLICES = {"br": 16}
 _SLICE = 256
-"""Bytes given at a time to a decoder whose output can't be limited: these may stand for a million times as many."""
+"""Bytes given at a time to a decoder whose output can't be limited: the most they stand for is some 10 MB."""
 _LAYERS = 4
 
 
@@ -55,6 +56,8 @@ def _inflated(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
     decoder, begun = zlib.decompressobj(zlib.MAX_WBITS | 16 if coding == "gzip" else zlib.MAX_WBITS), False
     for piece in pieces:
         rest, output = piece, b"more may follow"
+        if decoder.eof:
+            yield b""  # What follows the end is nothing, and may be long: the event loop gets its turns.
         while (rest or output) and not decoder.eof:
             try:
                 output = decoder.decompress(rest, _PIECE)
@@ -75,7 +78,12 @@ def _foreign(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
     """Brotli and zstandard, where httpx finds their libraries; what it has no decoder for stays as it is."""
     decoding = httpx.Response(200, headers={"Content-Encoding": coding})
     decoder = decoding._get_content_decoder()  # noqa: SLF001  # no public way takes less than a whole body
+    size = _SLICES.get(coding, _SLICE)
     for piece in pieces:
-        for at in range(0, len(piece), _SLICE):
-            yield decoder.decode(piece[at : at + _SLICE])
-    yield decoder.flush()
+        for at in range(0, len(piece), size):
+            yield from _pieces(decoder.decode(piece[at : at + size]))
+    yield from _pieces(decoder.flush())
+
+
+def _pieces(output: bytes | Iterable[bytes]) -> Iterable[bytes]:
+    return (output,) if isinstance(output, bytes) else output  # httpx2's decoders give pieces

@@ -17,11 +17,12 @@ _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 _TARGET = re.compile(rb"[\x21-\x7e]+")
 _HEAD = re.compile(
     rb"HTTP/1\.1 ([2-9][0-9]{2}) ([\x20-\x7e]*)\r\n"
-    rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[ \t]*(?:[\x21-\x7e]+(?:[ \t]+[\x21-\x7e]+)*)?[ \t]*\r\n)+)\r\n"
+    rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)+)\r\n"
 )
 _NOT_PLAIN = frozenset({b"transfer-encoding", b"connection", b"upgrade"})
 _WITHOUT_BODY = frozenset({b"204", b"304"})
 _MOST = 65_536
+_DIGITS = 20
 
 
 class Answer(NamedTuple):
@@ -87,7 +88,7 @@ def plain_answer(received: bytes) -> Answer | bool:
         pair = name, value.strip(b" \t")
         headers.append(pair)
         name = name.lower()
-        if name == b"content-length" and length is None and value.strip().isdigit():
+        if name == b"content-length" and length is None and pair[1].isdigit() and len(pair[1]) <= _DIGITS:
             length = int(pair[1])
         elif name == b"content-length" or name in _NOT_PLAIN:
             return False

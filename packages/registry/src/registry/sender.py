@@ -119,6 +119,7 @@ class H11Sender:
                 if read:
                     packed = await self._read(connection)
                     pool.release(connection, origin)
+                    connection = None  # It may be another call's by now.
                     response = _response(request, head, httpx.ByteStream(b""))
                     await _mark_read(response, packed, self._options)
                 else:
@@ -128,8 +129,7 @@ class H11Sender:
             if connection is not None and stream is None:
                 pool.release(connection, origin)
             if isinstance(error, TimeoutError) and scope.expired():
-                assert connection is not None
-                late = httpx.WriteTimeout if connection.uploading else httpx.ReadTimeout
+                late = httpx.WriteTimeout if connection is not None and connection.uploading else httpx.ReadTimeout
                 raise late(f"no answer within {limit:.3f} s", request=request) from None
             if isinstance(error, httpx.RequestError):
                 error.request = request
