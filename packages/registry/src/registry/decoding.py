@@ -81,5 +81,10 @@ def _foreign(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
     size = _SLICES.get(coding, _SLICE)
     for piece in pieces:
         for at in range(0, len(piece), size):
-            yield decoder.decode(piece[at : at + size])
-    yield decoder.flush()
+            yield from _as_pieces(decoder.decode(piece[at : at + size]))
+    yield from _as_pieces(decoder.flush())
+
+
+def _as_pieces(decoded: bytes | Iterator[bytes]) -> Iterable[bytes]:
+    """httpx's decoders give bytes, httpx2's an iterator."""
+    return [decoded] if isinstance(decoded, bytes) else decoded
