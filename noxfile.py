@@ -46,7 +46,14 @@ def tests(session: nox.Session) -> None:
 def httpx2(session: nox.Session) -> None:
     """Run the package's tests with httpx2 in httpx's place; arguments go to pytest."""
     install(session)
-    session.run("pytest", "-p", "tests.support.httpx2_alias", *(session.posargs or ["packages"]))
+    session.run(
+        "pytest",
+        "-p",
+        "tests.support.httpx2_alias",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+        *(session.posargs or ["packages"]),
+    )
 
 
 @nox.session

@@ -9,7 +9,7 @@
 | ``ReadTimeout``, ``WriteTimeout``, likewise                               | perhaps | the instance   |
 | any of these, cut sooner by a limit of the caller's own                   | perhaps | the caller     |
 | ``ReadError``, ``WriteError``, ``RemoteProtocolError``, ``DecodingError`` | perhaps | the instance   |
-| ``ConnectError``, ``ConnectTimeout`` in the TLS handshake: perhaps the port speaks no TLS      | no      | nobody         |
+| ``ConnectError``, ``ConnectTimeout`` in the handshake of TLS              | no      | nobody         |
 | no descriptor, port or memory left; a name server that does not answer    | no      | the caller     |
 | ``PoolTimeout``: all connections in use                                   | no      | the caller     |
 | ``LocalProtocolError``, ``UnsupportedProtocol``                           | no      | the caller     |
@@ -18,8 +18,9 @@
 | ``ResponseTooLargeError``                                                 | yes     | nobody         |
 | anything else                                                             | perhaps | nobody         |
 
-An outcome that speaks against nobody ejects nobody, and yet makes the instance a less likely choice for a moment:
-one that fails in an unknown way must not attract calls by failing quickly.
+A failed handshake may mean no more than that TLS was asked of a port that does not speak it. An outcome that speaks
+against nobody ejects nobody, and yet makes the instance a less likely choice for a moment: one that fails in an
+unknown way must not attract calls by failing quickly.
 """
 
 import ssl

@@ -81,9 +81,10 @@ def _foreign(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
     size = _SLICES.get(coding, _SLICE)
     for piece in pieces:
         for at in range(0, len(piece), size):
-            yield from _pieces(decoder.decode(piece[at : at + size]))
-    yield from _pieces(decoder.flush())
+            yield from _as_pieces(decoder.decode(piece[at : at + size]))
+    yield from _as_pieces(decoder.flush())
 
 
-def _pieces(output: bytes | Iterable[bytes]) -> Iterable[bytes]:
-    return (output,) if isinstance(output, bytes) else output  # httpx2's decoders give pieces
+def _as_pieces(decoded: bytes | Iterator[bytes]) -> Iterable[bytes]:
+    """httpx's decoders give bytes, httpx2's an iterator."""
+    return [decoded] if isinstance(decoded, bytes) else decoded
