@@ -49,13 +49,13 @@ UNCALLABLE_ADDRESSES = [
     *("::g", "fe80::1%eth0", "x" * 64, "x" * 64 + ".internal", "a." * 127 + "a" * 9, "é.example", "a\x00b", "%31", "*"),
     *("-a", "a-", "${HOST}", "../..", "a\\b", "a?b", "a#b", "\ud800", "\u2028", "𝟏𝟎.0.0.1"),
 ]  # fmt: skip
-UNCALLABLE = [
-    *({"Address": address} for address in UNCALLABLE_ADDRESSES),
-    *({"Port": port} for port in (0, None, -1, 65_536, 70_000, 2**70, "8000", "", 80.5, True, [], {})),
-    *({"Address": value} for value in (5, ["10.0.0.1"], {"a": 1}, True)),
-    *({"ID": value} for value in (None, 5, ["a"])),
-    *({"Service": value} for value in (None, 5)),
-]
+ODD: dict[str, list[Any]] = {
+    "Address": [*UNCALLABLE_ADDRESSES, 5, ["10.0.0.1"], True],
+    "Port": [0, None, -1, 65_536, 70_000, 2**70, "8000", "", 80.5, True, [], {}],
+    "ID": [None, 5, ["a"]],
+    "Service": [None, 5],
+}
+UNCALLABLE = [{name: value} for name, values in ODD.items() for value in values]
 
 
 @pytest.mark.parametrize("fields", UNCALLABLE, ids=repr)
@@ -69,12 +69,14 @@ def test_an_entry_that_can_not_be_called_hides_no_other(fields: dict[str, Any]) 
     assert listing.registered == 2
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [None, 5, "x", [], {}, {"Service": None}, {"Service": {}}, GOOD | {"Node": None}, GOOD | {"Service": 5}]
-    + [GOOD | {"Checks": checks} for checks in (5, [None], [{}], ["passing"], {"a": 1})],
-    ids=lambda entry: json.dumps(entry)[:40],
-)
+NO_CHECKS: list[object] = [5, [None], [{}], ["passing"], {"a": 1}]
+NO_ENTRIES: list[object] = [
+    *(None, 5, "x", [], {}, {"Service": None}, {"Service": {}}, GOOD | {"Node": None}, GOOD | {"Service": 5}),
+    *(GOOD | {"Checks": checks} for checks in NO_CHECKS),
+]
+
+
+@pytest.mark.parametrize("entry", NO_ENTRIES, ids=lambda entry: json.dumps(entry)[:40])
 def test_what_is_no_entry_hides_no_other(entry: object) -> None:
     """Consul never says it; beside a real entry it is left out, and alone it makes the answer a broken one."""
     listing = parse_listing([entry, GOOD])
@@ -96,7 +98,7 @@ def test_what_is_no_entry_hides_no_other(entry: object) -> None:
         ({"Meta": None}, {"meta": {}}),
         ({"Meta": []}, {"meta": {}}),
         ({"Meta": {"a": "1", "b": 2, "c": None}}, {"meta": {"a": "1"}}),
-        *(({"Weights": weights}, {"weight": 1}) for weights in (None, [], {}, {"Passing": None}, {"Passing": "9"})),
+        *(({"Weights": weights}, {"weight": 1}) for weights in (None, 5, {"Passing": None}, {"Passing": "9"})),
         *(({"Weights": {"Passing": weight}}, {"weight": 1}) for weight in (0, -5, 0.5, True)),
         ({"Weights": {"Passing": 7}}, {"weight": 7}),
         ({"Weights": {"Passing": 10**12}}, {"weight": 65_535}),
@@ -160,10 +162,14 @@ def test_what_is_left_out_is_said_once(
 
         async def call() -> None:
             async with ServiceDiscoveryClient(service_registry) as client:
+
+                def left_out(count: int) -> Callable[[], bool]:
+                    return lambda: len(client.explain(service_name).left_out) == count
+
                 for number in range(5):
                     assert (await client.get(service_name, "/")).status_code == 200
                     register(consul_agent, service_name, ID=f"{service_name}-{number}", Address="a b", Port=1)
-                    await until(lambda number=number: len(client.explain(service_name).left_out) == 2 + number)  # type: ignore[misc]
+                    await until(left_out(2 + number))
                 reasons = {each.id: each.reason for each in client.explain(service_name).left_out}
                 assert reasons[f"{service_name}-bad"] == "it can't be called: it is registered without a port"
                 assert "'a b' is not an address" in reasons[f"{service_name}-0"]
@@ -180,7 +186,7 @@ def test_what_is_left_out_is_said_once(
 def test_a_broken_answer_is_an_unavailable_registry(serve: Serve) -> None:
     """A list of anything else than entries is no absence, and no error of another kind."""
     for body in (b'[{"a": 1}]', b"{}", b"null", b"[5]"):
-        server = serve(lambda _, body=body: Answer(200, body, {"X-Consul-Index": "5"}))  # type: ignore[misc]
+        server = serve(lambda _, body=body: Answer(200, body, {"X-Consul-Index": "5"}))
         with (
             ServiceRegistry("127.0.0.1", server.port) as registry,
             pytest.raises(RegistryUnavailableError, match="sent a broken answer"),

@@ -4,6 +4,7 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import httpx
 from consul.base import Consul, HTTPClient, Response
@@ -82,6 +83,10 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
             "timeout": self.settings.timeout,
             "trust_env": False,  # a proxy for the outside world is none for the agent beside us
         }
+
+    def uri(self, path: str, params: Params = None) -> str:
+        """As py-consul's, but what is percent-encoded stays as it is: a service's name may hold a slash."""
+        return f"{self.base_uri}{quote(path, safe='/:%')}{'?' if params else ''}{urlencode(params or ())}"
 
     def request(self, method: str, path: str, params: Params, data: str | bytes = "") -> dict[str, Any]:
         query = list(params or ())

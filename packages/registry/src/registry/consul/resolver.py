@@ -95,7 +95,7 @@ class ConsulResolver:
             watch = self._watches[key] = Watch(self._consul, key[0], tag)
             # An empty context: the watch must not carry the first caller's trace or request for ever.
             watch.task = loop.create_task(
-                self._run(key, watch), name=f"registry watch {service}", context=contextvars.Context()
+                self._run(key, watch), name=f"registry watch {key[0]}", context=contextvars.Context()
             )
         return self._watches[key]
 
