@@ -81,10 +81,10 @@ def parse_listing(entries: Any) -> Listing:
             continue
         instances.append(instance)
         nodes[instance.key] = node
-        maintained += maintenance
         if absence is None:
             passing.append(instance)
             continue
+        maintained += maintenance
         left_out.append(LeftOut(instance.id, absence[:_MAX_REASON]))
         if not maintenance:
             failing.add(instance.key)

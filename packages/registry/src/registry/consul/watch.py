@@ -32,7 +32,7 @@ WAIT = 30
 SETTLE = 0.2
 """Seconds until Consul is asked once more whether really nobody is left: a new registration may follow at once."""
 MAX_NODES = 20
-"""So many nodes are asked for when the last instances left together with them."""
+"""So many nodes are looked up when the last instances left; any others are taken for gone, too."""
 
 
 class Watch:
@@ -156,8 +156,9 @@ class Watch:
 
     async def _lost_nodes(self, listing: Listing) -> set[str]:
         """Which nodes of the instances that left are gone too: an agent that leaves takes all registrations along."""
-        lost = set()
-        for node in sorted(self._departures.nodes_left(listing))[:MAX_NODES]:
+        nodes = sorted(self._departures.nodes_left(listing))
+        lost = set(nodes[MAX_NODES:])
+        for node in nodes[:MAX_NODES]:
             with consul_errors(self._consul.settings):
                 known = await self._consul.http.get(CB.json(), f"/v1/catalog/node/{quote(node, safe='')}")
             if known is None:
