@@ -106,7 +106,8 @@ class Watch:
             # "Whatever happens, the view serves on": a watch dies only by cancellation.
             await self._failed(error)
 
-    async def _query(self) -> None:
+    async def _ask(self) -> tuple[int, Listing]:
+        """Consul's answer and its index; with an index known, it comes when something changed."""
         params: list[tuple[str, str]] = []
         if self._index:
             params += [("index", str(self._index)), ("wait", f"{WAIT}s")]
@@ -124,7 +125,11 @@ class Watch:
                 if not await http.get(CB.json(), "/v1/catalog/nodes"):
                     raise
                 raw_index, entries = unproven.index, []
-        index, listing, lost_nodes = int(raw_index), parse_listing(entries), set[str]()
+        return int(raw_index), parse_listing(entries)
+
+    async def _query(self) -> None:
+        index, listing = await self._ask()
+        lost, lost_nodes = self._departures.lost, set[str]()
         # A restart shows as an error, or as an index that went back.
         continuous = self.error is None and index >= self._last_index
         if self._departures.last_left(listing):
@@ -136,7 +141,6 @@ class Watch:
                 return
             if continuous:
                 lost_nodes = await self._lost_nodes(listing)
-        lost = self._departures.lost
         self._departures.update(listing, continuous=continuous, lost_nodes=lost_nodes)
         self._told = tell_left_out(listing, self._service, self._told)
         # "Reset the index if it goes backwards" and "sanity check index is greater than zero": the same source.
