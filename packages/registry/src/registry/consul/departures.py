@@ -22,8 +22,9 @@ MAX_WITHDRAWN = 100
 class Departures:
     """Compares each answer about one service with the one before."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, tag: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._withdrew = "deregistered" if tag is None else f"deregistered, or registered without the tag {tag!r}"
         self._passing: frozenset[Key] = frozenset()
         self._nodes: dict[Key, str] = {}
         self._forgotten: dict[Key, float] = {}
@@ -73,5 +74,5 @@ class Departures:
         if lost != self.lost and (listing.registered or self.lost is not None):
             self.lost = lost
         gone = [LeftOut(key[0], "Consul lost it: asked while nobody else is left") for key in self._forgotten]
-        gone += [LeftOut(key[0], "deregistered") for key in self._withdrawn]
+        gone += [LeftOut(key[0], self._withdrew) for key in self._withdrawn]
         self.left_out = (*listing.left_out, *gone)

@@ -51,7 +51,7 @@ class Watch:
         self._sleep = sleep
         self._index = 0
         self._last_index = 0
-        self._departures = Departures()
+        self._departures = Departures(tag)
         self._told: frozenset[LeftOut] = frozenset()
         self._failures = 0
         self._backoff = Backoff(base=0.1, cap=2.0)
