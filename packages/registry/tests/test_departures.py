@@ -19,6 +19,7 @@ from registry import (
 )
 from registry.consul.departures import KEEP, MAX_WITHDRAWN, Departures
 from registry.consul.health import parse_listing
+from registry.consul.watch import SETTLE
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.server import RecordingServer, Serve
 
@@ -240,11 +241,18 @@ async def test_registering_anew_is_no_departure(consul_agent: ConsulAgent, servi
         one, two = scene.servers
         scene.deregister(two)
         await wait_until(lambda: scene.listed() == {one})
-        for _ in range(20):
-            await asyncio.to_thread(scene.deregister, one)
-            calls = [await scene.call() for _ in range(3)]
-            await asyncio.to_thread(scene.register, one)
-            assert {*calls, *[await scene.call() for _ in range(3)]} == {one}
+
+        def anew() -> None:
+            scene.deregister(one)
+            scene.register(one)
+
+        for _ in range(5):
+            registering = asyncio.ensure_future(asyncio.to_thread(anew))
+            # Until well after Consul was asked once more.
+            until = time.monotonic() + 3 * SETTLE
+            while time.monotonic() < until or not registering.done():
+                assert await scene.call() == one
+            await registering
 
 
 # -- what is remembered ------------------------------------------------------------------------------------------------

@@ -29,8 +29,11 @@ logger = logging.getLogger("registry")
 
 WAIT = 30
 """Seconds that Consul parks a query; also how long a vanished agent goes unnoticed, and then the old view serves on."""
-SETTLE = 0.2
-"""Seconds until Consul is asked once more whether really nobody is left: a new registration may follow at once."""
+SETTLE = 0.4
+"""Seconds until Consul is asked once more whether really nobody is left: a new registration may follow at once.
+
+It does so when an instance takes over an id, in two requests; each is a write to disk, slow on a busy machine.
+"""
 MAX_NODES = 20
 """So many nodes are looked up when the last instances left; any others are taken for gone, too."""
 
