@@ -1,6 +1,8 @@
 """When Consul is away, is somebody else, or says no: the error says which, and is never "not found"."""
 
+import asyncio
 import logging
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -249,6 +251,75 @@ def test_denied_is_told_by_every_registry_call(acl_agent: ConsulAgent, rightless
         assert type(caught.value) is RegistryError
         assert token is None or token not in f"{caught.value!r} {caught.value.__cause__!r}"
         assert registry.is_healthy()
+
+
+ANONYMOUS = "00000000-0000-0000-0000-000000000002"
+READS = 'service "{}" {{ policy = "read" }} node_prefix "" {{ policy = "read" }}'
+
+
+@pytest.fixture(params=["the anonymous token", "the agent's default token"])
+def granted(request: pytest.FixtureRequest, consul_binary: Path) -> Iterator[tuple[ConsulAgent, Callable[[str], None]]]:
+    """An agent that denies by default, and a way to give rights to those who send no token."""
+    with (
+        running_agent(acl=True, binary=consul_binary) as agent,
+        httpx.Client(base_url=agent.url, headers={"X-Consul-Token": agent.token or ""}, trust_env=False) as consul,
+    ):
+
+        def ask(path: str, body: object) -> Any:
+            answer = consul.put(path, json=body).raise_for_status()
+            return answer.json() if answer.content else None
+
+        token = {"AccessorID": ANONYMOUS}
+        if request.param == "the agent's default token":
+            token = ask("/v1/acl/token", {"Description": "default"})
+            ask("/v1/agent/token/default", {"Token": token["SecretID"]})
+
+        def grant(rules: str) -> None:
+            policy = ask("/v1/acl/policy", {"Name": f"rules-{abs(hash(rules))}", "Rules": rules})
+            ask(f"/v1/acl/token/{token['AccessorID']}", {"Policies": [{"ID": policy["ID"]}]})
+
+        yield agent, grant
+
+
+async def test_nobody_is_believed_of_rights_that_come_without_a_token(
+    granted: tuple[ConsulAgent, Callable[[str], None]],
+) -> None:
+    """While the right is missing it is "denied", from then on "not found", and found as soon as somebody registers."""
+    agent, grant = granted
+    settings = ConsulSettings.model_validate({"host": "127.0.0.1", "port": agent.http_port, "token": None})
+    resolver = ConsulResolver(settings)
+    with ServiceRegistry(settings=settings) as registry:
+        try:
+            for rules in ('node_prefix "" { policy = "read" }', 'service "cards" { policy = "read" }'):
+                grant(rules)
+                with pytest.raises(RegistryError, match="denied the request"):
+                    registry.discover_service("cards")
+            await resolver.ready("cards")
+            with pytest.raises(RegistryError, match="denied the request") as denied:
+                resolver.resolve("cards")
+            assert type(denied.value) is RegistryError
+            grant(READS.format("cards"))
+            await wait_until(lambda: resolver.view("cards").error is None)
+            with pytest.raises(ServiceNotFoundError, match="Service 'cards' not found in registry"):
+                resolver.resolve("cards")
+            assert registry.discover_service("cards") == []
+            assert registry.get_service_url("cards") is None
+            with pytest.raises(RegistryError, match="denied the request"):
+                registry.discover_service("others")
+            with ServiceRegistry("127.0.0.1", agent.http_port, agent.token) as operator:
+                operator.register_service("cards", "10.0.0.1", 8000, service_id="cards-1")
+            await wait_until(lambda: resolver.view("cards").registered == 1)
+            assert [each.id for each in registry.discover_service("cards", passing=False)] == ["cards-1"]
+        finally:
+            await resolver.aclose()
+
+
+async def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Return once the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("kind", ["no token", "wrong token", "token without rights"])

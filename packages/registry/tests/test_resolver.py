@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import psutil
@@ -19,12 +20,14 @@ import pytest
 from registry import (
     ConsulResolver,
     ConsulSettings,
+    Instance,
     InvalidInputError,
     RegistryError,
     RegistryUnavailableError,
     ServiceDiscoveryClient,
     ServiceNotFoundError,
     ServiceRegistry,
+    StaticResolver,
 )
 from registry.testing.agent import running_agent
 from registry.testing.fixtures import ConsulAgent, Instances
@@ -79,7 +82,7 @@ def registered(registry: ServiceRegistry, name: str, count: int) -> Iterator[lis
             consul.put("/v1/agent/service/register", json=body).raise_for_status()
         yield ids
         for service_id in ids:
-            consul.put(f"/v1/agent/service/deregister/{service_id}")
+            consul.put(f"/v1/agent/service/deregister/{quote(service_id, safe='')}")
 
 
 async def test_a_thousand_callers_share_one_question(
@@ -337,7 +340,7 @@ async def test_a_watch_carries_no_callers_context_and_survives_everything(
         (task,) = watches()
         assert seen == ["none"]
         # Not even what no code foresees, such as a bug in the parser, ends it.
-        monkeypatch.setattr("registry.consul.watch.parse_passing", lambda _: 1 / 0)
+        monkeypatch.setattr("registry.consul.watch.parse_listing", lambda _: 1 / 0)
         server.answer = lambda _: Answer(200, b"[]", {"X-Consul-Index": "1"})
         await wait_until(lambda: "ZeroDivisionError" in (resolver.view("cards").error or ""))
         assert not task.done()
@@ -384,7 +387,40 @@ def test_one_client_serves_two_event_loops_in_a_row(
     assert ran.stdout == "200 200\n"
 
 
-@pytest.mark.parametrize("name", ["a/../b", "a b", "", "a?x=1", "é"])
+@pytest.mark.parametrize("form", ["{}_x", "{}.x", "team/{}", "{}//x", "{} é?x=1&y#z%2F", "{}" + 64 * "x", "Team-{}"])
+async def test_other_peoples_names_are_found(
+    consul_agent: ConsulAgent, service_registry: ServiceRegistry, service_name: str, form: str
+) -> None:
+    """Whatever Consul lets others call their services, they are watched and looked up under that name, in any case."""
+    name = form.format(service_name)
+    with registered(service_registry, name, 1):
+        async with resolving(consul_agent, name.upper()) as resolver:
+            known = resolver.resolve(name)
+            assert [instance.service for instance in known or ()] == [name]
+            for spelled in (name.lower(), name.upper(), name.title()):
+                await resolver.ready(spelled)
+                assert resolver.resolve(spelled) is known
+                assert resolver.view(spelled).registered == 1
+            assert len(watches()) == 1
+            (task,) = watches()
+            assert task.get_name() == f"registry watch {name.lower()}"
+        for spelled in (name, name.lower(), name.upper()):
+            assert [instance.service for instance in service_registry.discover_service(spelled)] == [name]
+            assert service_registry.get_service_url(spelled) == "http://10.1.1.1:8000"
+
+
+async def test_a_fixed_answer_ignores_case_too() -> None:
+    """One name and one list, however it is spelled, with a tag or without."""
+    blue = Instance("a", "Cards", "10.0.0.1", 8000, tags=["blue"])
+    resolver = StaticResolver({"Cards": [blue, Instance("b", "Cards", "10.0.0.2", 8000)]})
+    for name in ("cards", "CARDS", "Cards"):
+        assert len(resolver.resolve(name)) == 2
+        assert resolver.resolve(name, "blue") is resolver.resolve("cards", "blue")
+        assert resolver.resolve(name, "blue") == (blue,)
+        assert resolver.view(name).registered == 2
+
+
+@pytest.mark.parametrize("name", ["a/../b", "..", ".", "a\nb", "", "a" * 513])
 async def test_a_name_that_can_not_be_right_is_never_asked(consul_agent: ConsulAgent, name: str) -> None:
     """Nothing is watched for it."""
     async with resolving(consul_agent) as resolver:

@@ -7,6 +7,7 @@ import string
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -29,6 +30,7 @@ from registry.validation import (
     check_address,
     check_duration,
     check_id,
+    check_known_service,
     check_meta,
     check_path,
     check_port,
@@ -412,6 +414,60 @@ def test_bad_registrations_never_reach_consul(
         assert impostor.requests == []
 
 
+KNOWN = [
+    "my_service",
+    "my.service",
+    "team/service",
+    "a" * 64,
+    "a" * 512,
+    "a b",
+    "é",
+    "a?x=1",
+    "x#y",
+    "a%2Fb",
+    "a//b",
+    "xn--a",
+]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_other_peoples_names_are_read_as_consul_has_them(name: str) -> None:
+    """What Consul takes for a name may be asked for, though one's own could not be called so."""
+    assert check_known_service(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/../b", "./a", "a/..", "a\n", "a\x00", "\u2028", "\ud800", "a" * 513, None, 5]
+)
+def test_what_can_not_be_asked_for_is_no_name(name: Any) -> None:
+    """Nothing that Consul or something before it would resolve, cut off or refuse."""
+    with pytest.raises(InvalidInputError):
+        check_known_service(name)
+
+
+@given(name=st.one_of(hostile, st.text(min_size=1, max_size=600), st.sampled_from(KNOWN)))
+@settings(max_examples=300, deadline=None)
+def test_no_name_leads_to_another_path(name: str) -> None:
+    """Whatever may be asked for reaches Consul as one segment, in one request, and reads there as it was given."""
+    if rejected(check_known_service, name):
+        return
+    asked: list[httpx.Request] = []
+
+    def consul(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(200, json=[], headers={"X-Consul-Index": "5"})
+
+    with ServiceRegistry("127.0.0.1", 1) as registry:
+        registry._consul.http.client = httpx.Client(transport=httpx.MockTransport(consul))
+        assert registry.discover_service(name) == []
+    (request,) = asked
+    assert request.url.raw_path.startswith(b"/v1/health/service/")
+    segment, _, query = request.url.raw_path.removeprefix(b"/v1/health/service/").partition(b"?")
+    assert (b"/" in segment, query) == (False, b"passing=1")
+    assert unquote(segment.decode()) == name
+    assert (request.url.host, request.url.port) == ("127.0.0.1", 1)
+
+
 @given(name=anything, tag=anything.filter(lambda value: value is not None), service_id=anything)
 @settings(max_examples=200, deadline=None)
 def test_bad_questions_never_reach_consul(
@@ -419,7 +475,7 @@ def test_bad_questions_never_reach_consul(
 ) -> None:
     """Nor do the names, tags and ids of other calls."""
     for ask in (registry.discover_service, registry.get_service_url):
-        if rejected(check_service, name):
+        if rejected(check_known_service, name):
             with pytest.raises(InvalidInputError):
                 ask(name)
         if rejected(check_tag, tag):

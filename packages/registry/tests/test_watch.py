@@ -99,7 +99,7 @@ FAULTS: list[httpx.Response | Exception] = [
     said(7, {"a": 1}),
     said(7, [{}]),
     said(7, [None]),
-    said(7, [entry(1) | {"Checks": None}]),
+    said(7, [entry(1) | {"Checks": 5}]),
     httpx.Response(200, text="[]"),
 ]
 """Answers that say nothing about who is there; the last one is not Consul's at all."""
@@ -249,7 +249,7 @@ class WatchMachine(RuleBasedStateMachine):
     def answers(self, index: int, passing: set[int], critical: set[int]) -> None:
         """A good answer, sorted as Consul likes."""
         self.hear(said(index, [*map(entry, sorted(passing, reverse=True)), *(entry(n, "critical") for n in critical)]))
-        if self.index and self.registered and not passing | critical:
+        if self.index and not passing and (self.last or (self.registered and not critical)):
             self.index = 0  # not believed before it is said once more
             return
         self.index = 0 if index < self.index else max(index, 1)

@@ -55,7 +55,8 @@ class ServiceNotFoundError(RegistryError, ValueError):
 class NoHealthyInstanceError(ServiceNotFoundError):
     """The service is registered, but none of its instances passes its checks."""
 
-    def __init__(self, service: str, known: int) -> None:
+    def __init__(self, service: str, known: int, maintained: int = 0) -> None:
         super().__init__(service)
-        self.args = (f"Service '{service}' has no healthy instance ({known} registered)",)
+        maintenance = f", {maintained} in maintenance" if maintained else ""
+        self.args = (f"Service '{service}' has no healthy instance ({known} registered{maintenance})",)
         self.known = known

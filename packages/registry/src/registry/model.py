@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-__all__ = ["Instance", "ServiceHealth", "Snapshot", "View"]
+__all__ = ["Instance", "Key", "LeftOut", "ServiceHealth", "Snapshot", "View"]
+
+Key: TypeAlias = tuple[str, str, int]
+"""Id, address and port: an id alone is unique on one node only, and a new process may take over its predecessor's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,16 @@ class Instance:
         return getattr(self, name)
 
     @property
+    def key(self) -> Key:
+        """What tells it from every other instance of its service."""
+        return self.id, self.address, self.port
+
+    @property
+    def scheme(self) -> str:
+        """``https`` when its metadata say ``secure=true``, as Spring Cloud has it, else ``http``."""
+        return "https" if self.meta.get("secure", "").lower() == "true" else "http"
+
+    @property
     def netloc(self) -> str:
         """``host:port`` as it stands in a URL, IPv6 in brackets."""
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
@@ -54,6 +67,15 @@ class ServiceHealth:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An instance that is not offered, and why."""
+
+    id: str
+    reason: str
+    """Such as ``in maintenance: new disks``, ``check 'health' is critical``, ``deregistered``."""
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """How fresh a resolver's view of one service is, and where it is from."""
 
@@ -67,3 +89,10 @@ class View:
     """How many instances are registered, usable or not; None: unknown."""
     error: str | None
     """Why the source does not answer now; None: it does, or was not asked."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Registered or known from before, and not offered. Those who withdrew are named for about a minute."""
+    lost: frozenset[Key] | None = None
+    """Of these, the ones that nobody took out on purpose: their checks fail, or the source forgot them.
+
+    They are asked while nobody else is left. None: the source can't tell, so all that are gone count as lost.
+    """

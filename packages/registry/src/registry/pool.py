@@ -7,16 +7,14 @@ doubling time, and one probe decides.
 import math
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 
 from registry.balancing import Candidates, Endpoint, Pick, power_of_two_choices
 from registry.blame import Failure
 from registry.errors import NoHealthyInstanceError
-from registry.model import Snapshot
+from registry.model import Key, Snapshot
 
 __all__ = ["Pool"]
-
-Key = tuple[str, str, int]
 
 FAILURES_TO_EJECT = 5
 EJECTION = 30.0
@@ -50,7 +48,9 @@ class Pool:
         self.endpoints: dict[Key, Endpoint] = {}
         """What Consul lists as passing."""
         self.gone: dict[Key, tuple[Endpoint, float]] = {}
-        """What it listed before, and when each left: asked only when nothing else is left."""
+        """What it listed before and has lost since, and when each left: asked only when nothing else is left."""
+        self.lost: Set[Key] | None = None
+        """Which of those that left did so on nobody's order; None: nobody can tell, so all of them."""
         self._pick = pick
         self._clock = clock
         self._candidates = Candidates()
@@ -61,14 +61,17 @@ class Pool:
         self._open_until = 0.0
         self._open_for = 0.0
 
-    def update(self, snapshot: Snapshot) -> None:
-        """Consul's view changed. What is known of endpoints that stay is kept; one that returns starts anew."""
+    def update(self, snapshot: Snapshot, lost: Set[Key] | None = None) -> None:
+        """Consul's view changed. What is known of endpoints that stay is kept; one that returns starts anew.
+
+        Of those that are listed no more only the ``lost`` are remembered: an operator's order is no loss.
+        """
         now = self._clock()
-        before, self.endpoints, self.snapshot = self.endpoints, {}, snapshot
+        before, self.endpoints, self.snapshot, self.lost = self.endpoints, {}, snapshot, lost
         # A newcomer is as good as the best until it shows, or it would be flooded, or starved by a slow one's average.
         best = min((endpoint.latency(now) for endpoint in before.values() if not endpoint.ejected_until), default=0.0)
         for instance in snapshot:
-            key = (instance.id, instance.address, instance.port)
+            key = instance.key
             endpoint = before.pop(key, None) or Endpoint(instance, best, now)
             endpoint.instance = instance
             self.endpoints[key] = endpoint
@@ -76,7 +79,7 @@ class Pool:
         kept = [
             (key, (endpoint, since))
             for key, (endpoint, since) in gone.items()
-            if key not in self.endpoints and now - since < KEEP_GONE
+            if key not in self.endpoints and now - since < KEEP_GONE and (lost is None or key in lost)
         ]
         self.gone = dict(kept[-MAX_GONE:])
         self._rebuild()
@@ -116,7 +119,7 @@ class Pool:
         now = self._clock()
         if failure is not Failure.NOT_SENT:
             endpoint.observe(seconds, now)
-        if self.endpoints.get(_key(endpoint)) is not endpoint:
+        if self.endpoints.get(endpoint.instance.key) is not endpoint:
             self._failed_unlisted(endpoint, failure)
             return
         if endpoint.ejected_until and now - seconds < endpoint.ejected_at:
@@ -171,7 +174,7 @@ class Pool:
         endpoint.failures += 1
         if failure is Failure.NOT_SENT or endpoint.failures >= FAILURES_TO_EJECT:
             # Gone from Consul, and no good answer either: nothing speaks for it any more.
-            self.gone.pop(_key(endpoint), None)
+            self.gone.pop(endpoint.instance.key, None)
             self._rebuild()
 
     def _rebuild(self) -> None:
@@ -240,7 +243,3 @@ class Pool:
 
 def _ejection(times: int) -> float:
     return min(EJECTION * times, MAX_EJECTION)
-
-
-def _key(endpoint: Endpoint) -> Key:
-    return endpoint.instance.id, endpoint.instance.address, endpoint.instance.port

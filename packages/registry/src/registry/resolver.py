@@ -11,7 +11,7 @@ __all__ = ["Resolver", "StaticResolver"]
 
 @runtime_checkable
 class Resolver(Protocol):
-    """A view of the instances of services, kept in memory."""
+    """A view of the instances of services, kept in memory. Upper and lower case make no difference in a name."""
 
     def resolve(self, service: str, tag: str | None = None) -> Snapshot | None:
         """The usable instances, never an empty tuple; None when nothing is known yet: await ``ready`` and ask again.
@@ -39,7 +39,7 @@ class Resolver(Protocol):
 
 
 class StaticResolver:
-    """A fixed answer: for tests, and for platforms that resolve names themselves."""
+    """A fixed answer: for tests, and for platforms that resolve names themselves. Ignores case, as Consul does."""
 
     def __init__(self, services: Mapping[str, Sequence[Instance]]) -> None:
         self._services = {
@@ -52,14 +52,14 @@ class StaticResolver:
         instances = self._services.get(service.lower(), ())
         if tag is not None:
             tagged = tuple(instance for instance in instances if tag in instance.tags)
-            instances = self._tagged.setdefault((service, tag), tagged)
+            instances = self._tagged.setdefault((service.lower(), tag), tagged)
         if not instances:
             raise ServiceNotFoundError(service)
         return instances
 
     def view(self, service: str, tag: str | None = None) -> View:
         """Always fresh: it never changes."""
-        return View("static", 0.0, None, len(self._services.get(service, ())), None)
+        return View("static", 0.0, None, len(self._services.get(service.lower(), ())), None)
 
     async def ready(self, service: str, tag: str | None = None) -> None:
         """Returns at once: everything is known from the start."""

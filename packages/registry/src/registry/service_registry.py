@@ -6,14 +6,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from registry.consul.connection import SyncConsul, consul_errors
-from registry.consul.health import parse_entries, parse_local_health
+from consul.callback import CB
+
+from registry.consul.connection import SyncConsul, UnprovenEmptyError, consul_errors
+from registry.consul.health import health_path, parse_listing, parse_local_health, right_path, tell_left_out
 from registry.consul.registration import Registration
 from registry.consul.resolver import ConsulResolver
-from registry.errors import InvalidInputError, RegistryError
-from registry.model import Instance, ServiceHealth
+from registry.errors import InvalidInputError, RegistryError, RegistryUnavailableError
+from registry.model import Instance, LeftOut, ServiceHealth
 from registry.settings import ConsulSettings
-from registry.validation import check_id, check_service, check_tag
+from registry.validation import check_id, check_known_service, check_tag
 
 __all__ = ["ServiceRegistry"]
 
@@ -54,6 +56,7 @@ class ServiceRegistry:
             }
         )
         self._consul = SyncConsul(self.settings)
+        self._told: dict[str, frozenset[LeftOut]] = {}
 
     def __repr__(self) -> str:
         return f"ServiceRegistry({self.settings.url!r})"
@@ -105,13 +108,30 @@ class ServiceRegistry:
             return bool(self._consul.agent.service.deregister(service_id))
 
     def discover_service(self, name: str, tag: str | None = None, passing: bool = True) -> list[Instance]:
-        """The service's instances, sorted by id; empty when there are none. ``passing=False``: also unhealthy ones."""
-        check_service(name)
+        """The service's instances, sorted by id; empty when there are none. ``passing=False``: also unhealthy ones.
+
+        An entry that can't be called, having no port or an address that is none, is left out, and logged once.
+        """
+        check_known_service(name)
+        params = [("passing", "1")] if passing else []
         if tag is not None:
-            check_tag(tag)
+            params.append(("tag", check_tag(tag)))
+        http = self._consul.http
         with consul_errors(self.settings):
-            _, entries = self._consul.health.service(name, passing=passing, tag=tag)
-            return list(parse_entries(entries))
+            try:
+                entries = http.get(CB.json(), health_path(name), params)
+            except UnprovenEmptyError:
+                http.get(CB.json(), right_path(name))
+                if not http.get(CB.json(), "/v1/catalog/nodes"):
+                    raise
+                entries = []
+        try:
+            listing = parse_listing(entries)
+        except TypeError as error:
+            raise RegistryUnavailableError(f"Consul at {self.settings.url} sent a broken answer: {error}") from error
+        if told := tell_left_out(listing, name, self._told.pop(name, ())):
+            self._told[name] = told
+        return list(listing.instances)
 
     def discover_all_services(self) -> dict[str, list[str]]:
         """Every service name that the token may read, with all tags of its instances; includes ``consul`` itself."""
@@ -124,6 +144,7 @@ class ServiceRegistry:
     ) -> str | None:
         """``scheme://host:port`` of a healthy instance, None when there is none.
 
+        ``scheme``: for an instance that does not name its own; one whose metadata say ``secure=true`` gets ``https``.
         ``load_balance``: a random instance; False: always the first by id.
         """
         if scheme not in {"http", "https"}:
@@ -132,7 +153,7 @@ class ServiceRegistry:
         if not instances:
             return None
         instance = random.choice(instances) if load_balance else instances[0]
-        return f"{scheme}://{instance.netloc}"
+        return f"{'https' if instance.scheme == 'https' else scheme}://{instance.netloc}"
 
     def get_service_health(self, service_id: str) -> ServiceHealth | None:
         """What this agent's checks say of one of its own instances; None: this agent knows no such id."""

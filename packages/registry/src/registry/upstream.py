@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from registry.balancing import Endpoint
 from registry.errors import RegistryError, RegistryUnavailableError
-from registry.model import View
+from registry.model import LeftOut, View
 from registry.pool import Pool
 from registry.resolver import Resolver
 from registry.retry import RetryBudget
@@ -37,7 +37,7 @@ class EndpointState:
     ejected_for: float
     """How long it will not be picked; 0: it is not ejected."""
     listed: bool
-    """False: gone from the registry, and asked only if nothing else is left."""
+    """False: lost by the registry, or its checks fail; asked only if nothing else is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,11 @@ class Explanation:
     """How long calls are turned away because every instance fails; 0: they are not."""
     view: View
     """How fresh the list is, and what the registry said last."""
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Which instances the registry knows and does not offer, and why: ``view.left_out``."""
+        return self.view.left_out
 
 
 class Upstream:
@@ -75,11 +80,11 @@ class Upstream:
                 snapshot = self._resolver.resolve(pool.service, self._tag)
                 if snapshot is None:
                     raise RegistryUnavailableError(f"nothing is known about '{pool.service}' yet")
+            if snapshot is not pool.snapshot:
+                pool.update(snapshot, self._view().lost)
         except RegistryError as error:
-            # Nobody is listed, but those listed before may still answer.
-            snapshot, absence = (), error
-        if snapshot is not pool.snapshot:
-            pool.update(snapshot)
+            absence = error
+            self._nobody()
         endpoint = pool.pick(tried, safe=safe)
         if endpoint is None and not tried:
             # A caller that loops on "nobody there" must not starve the event loop that would bring better news.
@@ -99,9 +104,24 @@ class Upstream:
         size = len(self.latencies)
         return sorted(self.latencies)[size * 95 // 100] if size >= 20 else None
 
+    def _nobody(self) -> None:
+        """Nobody is listed, but those who are lost may still answer."""
+        lost = self._view().lost
+        if self.pool.snapshot or lost is not self.pool.lost:
+            self.pool.update((), lost)
+
+    def _view(self) -> View:
+        return self._resolver.view(self.pool.service, self._tag)
+
     def explain(self) -> Explanation:
         """The state of every endpoint, listed first, then by id."""
         now, pool = time.monotonic(), self.pool
+        try:
+            snapshot = self._resolver.resolve(pool.service, self._tag)
+            if snapshot is not None and snapshot is not pool.snapshot:
+                pool.update(snapshot, self._view().lost)
+        except RegistryError:
+            self._nobody()
         endpoints = [(endpoint, True) for endpoint in pool.endpoints.values()]
         endpoints += [(endpoint, False) for endpoint, _ in pool.gone.values()]
         return Explanation(
@@ -121,5 +141,5 @@ class Upstream:
                 for endpoint, listed in endpoints
             ),
             failing_fast_for=pool.failing_fast_for,
-            view=self._resolver.view(pool.service, self._tag),
+            view=self._view(),
         )

@@ -14,6 +14,7 @@ __all__ = [
     "check_address",
     "check_duration",
     "check_id",
+    "check_known_service",
     "check_meta",
     "check_path",
     "check_port",
@@ -42,6 +43,23 @@ def check_service(name: str) -> str:
         raise InvalidInputError(
             f"{name!r} is not a service name: use letters, digits and inner hyphens, at most 63, such as 'backend-api'"
         )
+    return name
+
+
+def check_known_service(name: str) -> str:
+    """The name, if Consul could have a service by it: whatever others call theirs, from 1 to 512 printable characters.
+
+    For reading; a name of one's own is held to ``check_service``. It may hold dots, slashes, spaces, ``?``, ``#`` and
+    ``%``, so put it into a path as ``quote(name, safe="")``, where it then is one segment that leads nowhere else, and
+    never into a URL's host. Consul ignores case: compare names in lower case.
+
+    Raises: InvalidInputError.
+    """
+    if not isinstance(name, str) or not 1 <= len(name) <= 512 or not name.isprintable():
+        raise InvalidInputError(f"{str(name)[:50]!r} is not a service name: use 1 to 512 printable characters")
+    # Proxies, and clients, resolve these: some decode a path before they do.
+    if not {".", ".."}.isdisjoint(name.split("/")):
+        raise InvalidInputError(f"{name[:50]!r} is not a service name: it holds a '.' or '..' segment")
     return name
 
 

@@ -4,6 +4,7 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import httpx
 from consul.base import Consul, HTTPClient, Response
@@ -19,7 +20,7 @@ from consul.exceptions import (
 from registry.errors import InvalidInputError, RegistryError, RegistryUnavailableError
 from registry.settings import ConsulSettings
 
-__all__ = ["AsyncConsul", "SyncConsul", "consul_errors"]
+__all__ = ["AsyncConsul", "SyncConsul", "UnprovenEmptyError", "consul_errors"]
 
 Params = Sequence[tuple[str, Any]] | None
 Callback = Callable[[Response], Any]
@@ -48,6 +49,18 @@ def consul_errors(settings: ConsulSettings) -> Iterator[None]:
         raise RegistryUnavailableError(f"{where} sent a broken answer: {error}") from error
 
 
+class UnprovenEmptyError(ACLPermissionDenied):  # type: ignore[misc]  # py-consul has no types
+    """An empty list for a request without a token, where nothing is allowed by default.
+
+    Without a token, rights come from the anonymous or the agent's default one, and Consul does not say what it hid from
+    the former: there may be nobody, or nobody that may be seen.
+    """
+
+    def __init__(self, index: str) -> None:
+        super().__init__("reading a service needs service:read and node:read")
+        self.index = index
+
+
 class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
     """What the sync and the async client share: how a request is built and how an answer is read."""
 
@@ -70,6 +83,10 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
             "timeout": self.settings.timeout,
             "trust_env": False,  # a proxy for the outside world is none for the agent beside us
         }
+
+    def uri(self, path: str, params: Params = None) -> str:
+        """As py-consul's, but what is percent-encoded stays as it is: a service's name may hold a slash."""
+        return f"{self.base_uri}{quote(path, safe='/:%')}{'?' if params else ''}{urlencode(params or ())}"
 
     def request(self, method: str, path: str, params: Params, data: str | bytes = "") -> dict[str, Any]:
         query = list(params or ())
@@ -103,8 +120,10 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
             # A token without rights gets an empty list and 200, just as a service without instances does.
             filtered = answer.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true"
             denied = answer.headers.get("X-Consul-Default-ACL-Policy") == "deny"
-            if filtered or (denied and "X-Consul-Token" not in answer.request.headers):
+            if filtered:
                 raise ACLPermissionDenied("reading a service needs service:read and node:read")
+            if denied and "X-Consul-Token" not in answer.request.headers:
+                raise UnprovenEmptyError(answer.headers.get("X-Consul-Index", "0"))
         return callback(Response(answer.status_code, answer.headers, answer.text))
 
 

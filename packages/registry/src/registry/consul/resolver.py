@@ -10,7 +10,7 @@ from registry.consul.watch import Watch
 from registry.errors import RegistryUnavailableError
 from registry.model import Snapshot, View
 from registry.settings import ConsulSettings
-from registry.validation import check_service, check_tag
+from registry.validation import check_known_service, check_tag
 
 __all__ = ["ConsulResolver"]
 
@@ -33,7 +33,7 @@ class ConsulResolver:
         max_watches: int = 100,
     ) -> None:
         self.settings = settings or ConsulSettings()
-        self._upstreams = frozenset(check_service(name) for name in upstreams)
+        self._upstreams = frozenset(check_known_service(name).lower() for name in upstreams)
         self._first_answer_timeout = first_answer_timeout
         self._idle_timeout = idle_timeout
         self._max_watches = max_watches
@@ -42,7 +42,7 @@ class ConsulResolver:
         self._watches: dict[tuple[str, str | None], Watch] = {}
 
     def resolve(self, service: str, tag: str | None = None) -> Snapshot | None:
-        watch = self._watches.get((service, tag))
+        watch = self._watches.get((service.lower(), tag))
         if watch is None or watch.task.done():
             return None
         watch.asked_at = time.monotonic()
@@ -50,7 +50,7 @@ class ConsulResolver:
 
     def view(self, service: str, tag: str | None = None) -> View:
         """How fresh the answer is, and what Consul said last."""
-        watch = self._watches.get((service, tag))
+        watch = self._watches.get((service.lower(), tag))
         if watch is None:
             return View(self.settings.url, None, None, None, None)
         return watch.view()
@@ -86,16 +86,16 @@ class ConsulResolver:
         if self._consul is None or self._loop is not loop:
             # A connection and a task live and die with their loop.
             self._loop, self._consul, self._watches = loop, AsyncConsul(self.settings), {}
-        key = (service, tag)
+        key = (service.lower(), tag)
         if key not in self._watches or self._watches[key].task.done():
-            check_service(service)
+            check_known_service(service)
             if tag is not None:
                 check_tag(tag)
             self._make_room()
-            watch = self._watches[key] = Watch(self._consul, service, tag)
+            watch = self._watches[key] = Watch(self._consul, key[0], tag)
             # An empty context: the watch must not carry the first caller's trace or request for ever.
             watch.task = loop.create_task(
-                self._run(key, watch), name=f"registry watch {service}", context=contextvars.Context()
+                self._run(key, watch), name=f"registry watch {key[0]}", context=contextvars.Context()
             )
         return self._watches[key]
 

@@ -7,19 +7,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from urllib.parse import quote
 
 from consul.callback import CB
 
-from registry.consul.connection import AsyncConsul, consul_errors
-from registry.consul.health import parse_passing
+from registry.consul.connection import AsyncConsul, UnprovenEmptyError, consul_errors
+from registry.consul.departures import Departures
+from registry.consul.health import Listing, health_path, parse_listing, right_path, tell_left_out
 from registry.errors import (
     NoHealthyInstanceError,
     RegistryError,
     RegistryUnavailableError,
     ServiceNotFoundError,
 )
-from registry.model import Snapshot, View
+from registry.model import LeftOut, Snapshot, View
 from registry.retry import Backoff
 
 __all__ = ["Watch"]
@@ -28,6 +29,13 @@ logger = logging.getLogger("registry")
 
 WAIT = 30
 """Seconds that Consul parks a query; also how long a vanished agent goes unnoticed, and then the old view serves on."""
+SETTLE = 0.4
+"""Seconds until Consul is asked once more whether really nobody is left: a new registration may follow at once.
+
+It does so when an instance takes over an id, in two requests; each is a write to disk, slow on a busy machine.
+"""
+MAX_NODES = 20
+"""So many nodes are looked up when the last instances left; any others are taken for gone, too."""
 
 
 class Watch:
@@ -45,6 +53,9 @@ class Watch:
         self._tag = tag
         self._sleep = sleep
         self._index = 0
+        self._last_index = 0
+        self._departures = Departures(tag)
+        self._told: frozenset[LeftOut] = frozenset()
         self._failures = 0
         self._backoff = Backoff(base=0.1, cap=2.0)
         self._rate = _TokenBucket(per_second=5, burst=20)
@@ -54,6 +65,8 @@ class Watch:
         """The passing instances."""
         self.registered = 0
         """How many instances are registered, passing or not."""
+        self.maintained = 0
+        """How many of them are in maintenance."""
         self.error: RegistryError | None = None
         """Why the last query failed; None: it did not."""
         self.heard_at: float | None = None
@@ -68,7 +81,7 @@ class Watch:
             return self.snapshot
         if self.heard_at is not None:
             if self.registered:
-                raise NoHealthyInstanceError(self._service, self.registered)
+                raise NoHealthyInstanceError(self._service, self.registered, self.maintained)
             raise ServiceNotFoundError(self._service)
         if self.error is not None:
             raise type(self.error)(*self.error.args) from self.error
@@ -83,6 +96,8 @@ class Watch:
             changed=None if changed is None else now - changed,
             registered=None if heard is None else self.registered,
             error=None if self.error is None else str(self.error),
+            left_out=self._departures.left_out,
+            lost=self._departures.lost,
         )
 
     async def step(self) -> None:
@@ -94,7 +109,8 @@ class Watch:
             # "Whatever happens, the view serves on": a watch dies only by cancellation.
             await self._failed(error)
 
-    async def _query(self) -> None:
+    async def _ask(self) -> tuple[int, Listing]:
+        """Consul's answer and its index; with an index known, it comes when something changed."""
         params: list[tuple[str, str]] = []
         if self._index:
             params += [("index", str(self._index)), ("wait", f"{WAIT}s")]
@@ -103,31 +119,66 @@ class Watch:
             params.append(("consistent", "1"))
         if self._tag is not None:
             params.append(("tag", self._tag))
+        http = self._consul.http
         with consul_errors(self._consul.settings):
-            path = f"/v1/health/service/{self._service}"
-            raw_index, entries = await self._consul.http.get(CB.json(index=True), path, params)
-        index, snapshot, registered = int(raw_index), parse_passing(_listed(entries)), len(entries)
-        if self._index and self.registered and not entries:
-            # To a parked question a token that lost its rights is told the same as if all had left; not to a new one.
-            self._index = 0
-            return
+            try:
+                raw_index, entries = await http.get(CB.json(index=True), health_path(self._service), params)
+            except UnprovenEmptyError as unproven:
+                await http.get(CB.json(), right_path(self._service))
+                if not await http.get(CB.json(), "/v1/catalog/nodes"):
+                    raise
+                raw_index, entries = unproven.index, []
+        return int(raw_index), parse_listing(entries)
+
+    async def _query(self) -> None:
+        index, listing = await self._ask()
+        lost, lost_nodes = self._departures.lost, set[str]()
+        # A restart shows as an error, or as an index that went back.
+        continuous = self.error is None and index >= self._last_index
+        if self._departures.last_left(listing):
+            if self._index:
+                # To a parked question a token that lost its rights is told the same as if all had left; not to a new
+                # one. And an instance that registers anew is deregistered for a moment.
+                self._index = 0
+                await self._sleep(SETTLE)
+                return
+            if continuous:
+                lost_nodes = await self._lost_nodes(listing)
+        self._departures.update(listing, continuous=continuous, lost_nodes=lost_nodes)
+        self._told = tell_left_out(listing, self._service, self._told)
         # "Reset the index if it goes backwards" and "sanity check index is greater than zero": the same source.
         self._index = 0 if index < self._index else max(index, 1)
+        self._last_index = index
         self.heard_at = time.monotonic()
         if self.error is not None:
             logger.info("consul answers again", extra={"service": self._service})
-        self.error, self._failures, self.registered = None, 0, registered
+        self.error, self._failures = None, 0
+        self.registered, self.maintained = listing.registered, listing.maintained
         # A return is not a change: keep the same tuple, on which others hang what they derive from it.
-        if snapshot != self.snapshot:
-            self.snapshot, self.changed_at = snapshot, self.heard_at
+        if listing.passing != self.snapshot:
+            self.snapshot, self.changed_at = listing.passing, self.heard_at
+        elif self._departures.lost is not lost:
+            self.snapshot = listing.passing  # a new object, as who is lost is derived from it too
         self.answered.set()
+
+    async def _lost_nodes(self, listing: Listing) -> set[str]:
+        """Which nodes of the instances that left are gone too: an agent that leaves takes all registrations along."""
+        nodes = sorted(self._departures.nodes_left(listing))
+        lost = set(nodes[MAX_NODES:])
+        for node in nodes[:MAX_NODES]:
+            with consul_errors(self._consul.settings):
+                known = await self._consul.http.get(CB.json(), f"/v1/catalog/node/{quote(node, safe='')}")
+            if known is None:
+                lost.add(node)
+        return lost
 
     async def _failed(self, error: Exception) -> None:
         if not isinstance(error, RegistryError):
             error = RegistryUnavailableError(f"Consul at {self._consul.settings.url} sent a broken answer: {error!r}")
         if self.error is None:
             logger.warning(
-                "consul does not answer: serving what was known before",
+                "consul does not answer, serving what was known before: %s",
+                error,
                 extra={"service": self._service, "error": str(error), "instances": len(self.snapshot)},
             )
         self.error = error
@@ -135,12 +186,6 @@ class Watch:
         self._failures += 1
         self.answered.set()
         await self._sleep(self._backoff.delay(self._failures))
-
-
-def _listed(entries: Any) -> list[dict[str, Any]]:
-    if not isinstance(entries, list):
-        raise TypeError(f"not a list: {str(entries)[:100]}")
-    return entries
 
 
 class _TokenBucket:
