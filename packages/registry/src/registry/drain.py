@@ -15,6 +15,9 @@ __all__ = ["DrainOnSigterm"]
 
 logger = logging.getLogger("registry")
 
+_LOOK = 0.01, 0.5
+"""Seconds, from and to, between two looks at whether we still stand in front of the loop."""
+
 
 class DrainOnSigterm:
     """Puts withdrawing and draining in front of the server's own SIGTERM handler, for as long as it is entered.
@@ -109,26 +112,33 @@ class _Wakeup:
         self._loop = loop
         self._target = -1
         self._ends: tuple[socket.socket, socket.socket] | None = None
+        self._look: asyncio.TimerHandle | None = None
 
-    def hold(self) -> None:
-        """Begins, if the loop is told of any signal; in the main thread."""
-        self._target = signal.set_wakeup_fd(-1)
-        if self._target == -1:
-            return
-        reading, writing = self._ends = socket.socketpair()
-        for end in self._ends:
-            end.setblocking(False)
-        self._loop.add_reader(reading, self._let_through)
-        signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    def hold(self, pause: float = _LOOK[0]) -> None:
+        """Begins, once the loop is told of any signal; in the main thread."""
+        if self._ends is None:
+            self._ends = socket.socketpair()
+            for end in self._ends:
+                end.setblocking(False)
+            self._loop.add_reader(self._ends[0], self._let_through)
+        own = self._ends[1].fileno()
+        current = signal.set_wakeup_fd(own, warn_on_full_buffer=False)
+        if current == -1:
+            signal.set_wakeup_fd(-1)
+        elif current != own:
+            self._target = current
+        # The loop takes it back when it is run anew, as granian does after the startup, or gets another handler.
+        self._look = self._loop.call_later(pause, self.hold, min(pause * 2, _LOOK[1]))
 
     def release(self) -> None:
         """Ends: the loop is told as before."""
-        if self._ends is None:
+        if self._ends is None or self._look is None:
             return
+        self._look.cancel()
         reading, writing = self._ends
         current = signal.set_wakeup_fd(self._target)
         if current != writing.fileno():
-            signal.set_wakeup_fd(current)  # the loop, or somebody else, has come to stand in front of us
+            signal.set_wakeup_fd(current)
         self._let_through()
         self._loop.remove_reader(reading)
         for end in self._ends:
@@ -137,8 +147,7 @@ class _Wakeup:
 
     def tell(self, number: int) -> None:
         """Lets the loop know of this signal."""
-        if self._ends is not None:
-            self._write(bytes([number]))
+        self._write(bytes([number]))
 
     def _let_through(self) -> None:
         with suppress(BlockingIOError):
@@ -146,5 +155,5 @@ class _Wakeup:
                 self._write(self._ends[0].recv(4096).replace(bytes([signal.SIGTERM]), b""))
 
     def _write(self, numbers: bytes) -> None:
-        with suppress(OSError):  # full of signals, or a loop that is closed
+        with suppress(OSError):  # nobody to tell, or a loop that is closed
             os.write(self._target, numbers)

@@ -40,7 +40,9 @@ class Siblings:
         self.close()
         try:
             self._path = _folder() / hashlib.sha256(instance_id.encode()).hexdigest()
-            while not self._try_to_join():
+            while True:
+                if self._try_to_join():
+                    return
                 await asyncio.sleep(PAUSE)
         except OSError as error:
             self.close()
