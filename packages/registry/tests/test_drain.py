@@ -261,6 +261,24 @@ async def test_a_begun_withdrawal_is_carried_through(consul_agent: ConsulAgent) 
     assert found(consul_agent, "carried", passing=False) == []
 
 
+async def test_the_last_of_two_workers_takes_the_instance_out(consul_agent: ConsulAgent) -> None:
+    """While the other one serves, one that leaves keeps answering Consul's check; when both have left, neither does."""
+    consul = ConsulSettings(host="127.0.0.1", port=consul_agent.http_port)
+    one, two = (Pretending(ServiceSettings(name="shared", port=1, address="127.0.0.1"), consul) for _ in range(2))
+    one.start()
+    two.start()
+    await asyncio.to_thread(wait_until, lambda: found(consul_agent, "shared"))
+    await one.withdraw()
+    assert (one.leaving, one.withdrawn, one.serves("shared-127.0.0.1-1")) == (True, False, True)
+    assert found(consul_agent, "shared") == ["shared-127.0.0.1-1"]
+    await two.withdraw()
+    assert found(consul_agent, "shared", passing=False) == []
+    await asyncio.to_thread(wait_until, lambda: one.withdrawn)
+    assert not one.serves("shared-127.0.0.1-1")
+    await one.aclose()
+    await two.aclose()
+
+
 class Pretending(Registrar):
     """Of an instance that nobody serves, but that seems to answer until it closes."""
 
