@@ -104,6 +104,7 @@ async def test_sigterm_under_load_costs_no_call(
         await asyncio.to_thread(one.process.wait, 20)
         await load.reached(load.calls + 20)
     assert [(failure.instance, failure.message) for failure in load.report.failures] == []
+    assert "use --workers 0" not in one.log
     assert found(consul_agent, service_name, passing=False) == [other.instance.id]
     assert one.log.count("INFO deregistered") == 1
 
@@ -112,7 +113,7 @@ async def test_sigterm_under_load_costs_no_call(
 def test_hypercorn_with_workers_withdraws_late_but_leaves_nothing(
     start: Start, consul_agent: ConsulAgent, service_name: str, workers: int
 ) -> None:
-    """Its workers learn of SIGTERM when they have stopped serving: then at once, and by the last one."""
+    """Its workers learn of SIGTERM when they have stopped serving: told at start; then at once, by the last one."""
     one = start([*HYPERCORN, f"--workers={workers}"])
     wait_until(lambda: one.log.count("INFO registered") == workers)
     one.process.send_signal(signal.SIGTERM)
@@ -121,6 +122,7 @@ def test_hypercorn_with_workers_withdraws_late_but_leaves_nothing(
     one.process.wait(20)
     assert found(consul_agent, service_name, passing=False) == []
     assert one.log.count("INFO deregistered") == 1
+    assert one.log.count("use --workers 0") == workers
 
 
 async def test_granian_replaces_its_workers_unnoticed(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -54,6 +55,11 @@ class DrainOnSigterm:
             self._server = server
             self._wakeup.hold()
             signal.signal(signal.SIGTERM, self._terminate)
+            if server is signal.SIG_DFL and multiprocessing.parent_process() is not None:
+                logger.warning(
+                    "nobody handles SIGTERM in this worker process, so it will hear too late that it must leave Consul, "
+                    "and calls may break then; under hypercorn, use --workers 0"
+                )
         return self
 
     async def __aexit__(
