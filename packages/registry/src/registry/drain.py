@@ -57,7 +57,7 @@ class DrainOnSigterm:
             signal.signal(signal.SIGTERM, self._terminate)
             if server is signal.SIG_DFL and multiprocessing.parent_process() is not None:
                 logger.warning(
-                    "nobody handles SIGTERM in this worker process, so it will hear too late that it must leave Consul, "
+                    "nobody handles SIGTERM in this worker process, so it hears too late that it must leave Consul, "
                     "and calls may break then; under hypercorn, use --workers 0"
                 )
         return self
