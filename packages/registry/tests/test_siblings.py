@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A temporary directory of the test's own, for its processes too."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path / f"registry-{os.getuid()}"
+    return tmp_path
 
 
 @pytest.fixture
@@ -87,12 +87,22 @@ async def test_a_killed_process_holds_nobody_up(sibling: subprocess.Popen[str]) 
     one.close()
 
 
-async def test_a_folder_of_somebody_else_is_not_trusted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where others may write, or nobody can, every process takes itself for the last; that is told, nothing fails."""
+@pytest.mark.parametrize("spoil", ["open to others", "a link", "no folder"])
+async def test_a_lock_that_others_could_hold_is_not_trusted(
+    folder: Path, spoil: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There, and where no file can be written, each process takes itself for the last; it is told, nothing fails."""
     caplog.set_level("INFO", "registry")
-    await asyncio.to_thread(folder.mkdir)
-    await asyncio.to_thread(folder.chmod, 0o777)
+    first = await joined()
+    (lock,) = [entry.path for entry in os.scandir(folder)]
+    first.close()
+    if spoil == "open to others":
+        os.chmod(lock, 0o666)  # noqa: PTH101  # pathlib's counts as blocking here
+    elif spoil == "a link":
+        os.replace(lock, f"{lock}.target")  # noqa: PTH105
+        os.symlink(f"{lock}.target", lock)  # noqa: PTH211
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder / "missing"))
     one, two = await joined(), await joined()
     assert (one.leave(), two.leave(), one.taken_out) == (True, True, False)
     assert ["no lock below" in record.message for record in caplog.records] == [True, True]
-    one.close()

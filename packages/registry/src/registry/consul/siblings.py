@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import stat
 import tempfile
 from pathlib import Path
 
@@ -39,7 +38,8 @@ class Siblings:
         """Counts this process among those that serve this instance; waits while the last one is just leaving."""
         self.close()
         try:
-            self._path = _folder() / hashlib.sha256(instance_id.encode()).hexdigest()
+            name = hashlib.sha256(f"{os.getuid()} {instance_id}".encode()).hexdigest()[:32]
+            self._path = Path(tempfile.gettempdir(), f"registry-{name}.lock")
             while True:
                 if self._try_to_join():
                     return
@@ -50,7 +50,11 @@ class Siblings:
             logger.info(message, extra={"instance": instance_id, "error": str(error)})
 
     def _try_to_join(self) -> bool:
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        found = os.fstat(self._file)
+        if found.st_uid != os.getuid() or found.st_mode & 0o077:
+            # Whoever else can open it can hold the lock, and so keep an instance registered.
+            raise PermissionError(f"{self._path} is not this user's alone")
         try:
             fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if not self.taken_out:
@@ -81,13 +85,3 @@ class Siblings:
             self._path.unlink(missing_ok=True)
         os.close(self._file)
         self._file, self._is_last = None, False
-
-
-def _folder() -> Path:
-    """This user's alone: nobody else may hold a lock and so keep an instance registered. Raises: OSError."""
-    folder = Path(tempfile.gettempdir(), f"registry-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{folder} is not this user's alone")
-    return folder
