@@ -64,7 +64,8 @@ def processes_of(temporary: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("TMPDIR") == str(temporary) and process.status() != psutil.STATUS_ZOMBIE:
+            inside = Path(process.environ().get("TMPDIR", "/")).is_relative_to(temporary)
+            if inside and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

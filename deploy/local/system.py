@@ -72,6 +72,8 @@ class System:
                 # Every second instead of every ten, so that the table shows soon what happens to an instance.
                 SERVICE_HEALTH_CHECK_INTERVAL="1",
                 DATABASE_URL=f"sqlite+aiosqlite:///{self.processes.directory}/backend.db",
+                # What a process that is killed leaves behind goes with the directory.
+                TMPDIR=str(self.processes.directory),
             )
             self.processes.start(service.name, uvicorn_command(service.app, port), port, environment)
 

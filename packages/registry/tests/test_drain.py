@@ -163,19 +163,25 @@ async def test_rolling_restarts_under_load_lose_and_double_nothing(
 
 
 async def test_rolling_workers_under_load_loses_nothing(service: Start, consul_agent: ConsulAgent) -> None:
-    """SIGHUP replaces both workers of the only instance under load: it is back in Consul at once, no POST is lost."""
+    """SIGHUP replaces both workers of the only instance under load: it never leaves Consul, and no POST is lost."""
     one = await asyncio.to_thread(service, "hung-up", consul_agent, *TWO_WORKERS)
     await asyncio.to_thread(wait_until, lambda: one.log.count("INFO registered") == 2)
     before = set(one.workers())
+
+    def replaced() -> bool:
+        assert one.is_found()
+        return len(set(one.workers()) - before) == 2 == len(one.workers())
+
     async with Posting("hung-up", consul_agent) as posting:
         one.process.send_signal(signal.SIGHUP)
-        await asyncio.to_thread(wait_until, lambda: len(set(one.workers()) - before) == 2 == len(one.workers()), 40)
-        await asyncio.to_thread(wait_until, one.is_found, 2)
-    # While it is away from Consul, "not found" is the right answer, and such a call was not sent.
-    assert [failure for failure in posting.failures.values() if "NotFound" not in failure] == []
+        await asyncio.to_thread(wait_until, replaced, 40)
+    assert posting.failures == {}
+    assert "deregistered" not in one.log
     assert len(posting.ids) > 200
-    arrived = (one.directory / "journal").read_text().split()
-    assert sorted(arrived) == sorted(posting.ids - set(posting.failures))
+    assert sorted((one.directory / "journal").read_text().split()) == sorted(posting.ids)
+    one.process.send_signal(signal.SIGTERM)
+    await asyncio.to_thread(wait_until, lambda: not one.is_found(), 2)
+    assert one.answers()
 
 
 class Posting:
@@ -255,10 +261,28 @@ async def test_a_begun_withdrawal_is_carried_through(consul_agent: ConsulAgent) 
     assert found(consul_agent, "carried", passing=False) == []
 
 
+async def test_the_last_of_two_workers_takes_the_instance_out(consul_agent: ConsulAgent) -> None:
+    """While the other one serves, one that leaves keeps answering Consul's check; when both have left, neither does."""
+    consul = ConsulSettings(host="127.0.0.1", port=consul_agent.http_port)
+    one, two = (Pretending(ServiceSettings(name="shared", port=1, address="127.0.0.1"), consul) for _ in range(2))
+    one.start()
+    two.start()
+    await asyncio.to_thread(wait_until, lambda: found(consul_agent, "shared"))
+    await one.withdraw()
+    assert (one.leaving, one.withdrawn, one.serves("shared-127.0.0.1-1")) == (True, False, True)
+    assert found(consul_agent, "shared") == ["shared-127.0.0.1-1"]
+    await two.withdraw()
+    assert found(consul_agent, "shared", passing=False) == []
+    await asyncio.to_thread(wait_until, lambda: one.withdrawn)
+    assert not one.serves("shared-127.0.0.1-1")
+    await one.aclose()
+    await two.aclose()
+
+
 class Pretending(Registrar):
     """Of an instance that nobody serves, but that seems to answer until it closes."""
 
-    async def answers(self, timeout: float = 0) -> bool:
+    async def answers(self) -> bool:
         return not self._closing
 
 
@@ -279,6 +303,9 @@ class Server:
     async def fail(self) -> None:
         raise RuntimeError("unforeseen")
 
+    async def close(self) -> None:
+        self.events.append("close")
+
 
 @pytest.fixture
 def server() -> Iterator[Server]:
@@ -297,29 +324,29 @@ async def until_stopped(server: Server) -> None:
 
 async def test_the_server_is_told_after_the_drain(server: Server) -> None:
     """One signal withdraws, waits and then calls the server's handler once; afterwards that handler is back."""
-    async with DrainOnSigterm(server.withdraw, 0.2):
+    async with DrainOnSigterm(server.withdraw, server.close, 0.2):
         begun = time.monotonic()
         signal.raise_signal(signal.SIGTERM)
         assert server.events == []
         await until_stopped(server)
         assert time.monotonic() - begun >= 0.2
-    assert server.events == ["withdraw", "stop"]
+    assert server.events == ["withdraw", "stop", "close"]
     assert signal.getsignal(signal.SIGTERM) == server.handle_exit
 
 
 async def test_two_signals_in_one_breath_stop_at_once(server: Server) -> None:
     """The second signal goes straight to the server, even before the loop has seen the first."""
-    async with DrainOnSigterm(server.withdraw, 60):
+    async with DrainOnSigterm(server.withdraw, server.close, 60):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert server.events == ["stop"]
         await asyncio.sleep(0.01)
-    assert server.events == ["stop", "withdraw"]
+    assert server.events == ["stop", "withdraw", "close"]
 
 
 async def test_whatever_fails_the_server_is_stopped(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """An error while withdrawing does not make a process that can't be stopped."""
-    async with DrainOnSigterm(server.fail, 60):
+    async with DrainOnSigterm(server.fail, server.close, 60):
         signal.raise_signal(signal.SIGTERM)
         await until_stopped(server)
     assert "draining failed" in caplog.text
@@ -327,23 +354,64 @@ async def test_whatever_fails_the_server_is_stopped(server: Server, caplog: pyte
 
 async def test_a_server_that_stops_by_itself_cuts_the_drain(server: Server) -> None:
     """When the server has stopped for another reason, no drain goes on and no handler is called."""
-    async with DrainOnSigterm(server.withdraw, 60):
+    async with DrainOnSigterm(server.withdraw, server.close, 60):
         signal.raise_signal(signal.SIGTERM)
         await asyncio.sleep(0.01)
-    assert server.events == ["withdraw"]
+    assert server.events == ["withdraw", "close"]
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "registry drain"]
 
 
-async def test_a_handler_of_the_loop_stops_at_once_and_we_withdraw(server: Server) -> None:
-    """Servers on ``loop.add_signal_handler`` are told by the loop: withdrawing goes along, nothing is called twice."""
+async def test_a_handler_of_the_loop_is_told_after_the_drain(server: Server) -> None:
+    """Servers on ``loop.add_signal_handler`` are held back as well, and told once; other signals reach the loop."""
+    loop = asyncio.get_running_loop()
+    other = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, server.handle_exit, signal.SIGTERM, None)
+    loop.add_signal_handler(signal.SIGUSR1, other.set)
+    async with DrainOnSigterm(server.withdraw, server.close, 0.2):
+        begun = time.monotonic()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        await asyncio.wait_for(other.wait(), 5)
+        assert "stop" not in server.events
+        await until_stopped(server)
+        assert time.monotonic() - begun >= 0.2
+    assert server.events == ["withdraw", "stop", "close"]
+    server.stopped.clear()
+    signal.raise_signal(signal.SIGTERM)
+    await until_stopped(server)
+    assert server.events == ["withdraw", "stop", "close", "stop"]
+    assert loop.remove_signal_handler(signal.SIGTERM)
+    assert loop.remove_signal_handler(signal.SIGUSR1)
+
+
+async def test_a_second_signal_reaches_the_handler_of_the_loop(server: Server) -> None:
+    """There too nobody waits for a long drain: the second SIGTERM is the server's own."""
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.handle_exit, signal.SIGTERM, None)
-    async with DrainOnSigterm(server.withdraw, 0.01):
+    async with DrainOnSigterm(server.withdraw, server.close, 60):
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0.01)
+        assert server.events == ["withdraw"]
         signal.raise_signal(signal.SIGTERM)
         await until_stopped(server)
-        await asyncio.sleep(0.05)
-    assert sorted(server.events) == ["stop", "withdraw"]
+    assert server.events == ["withdraw", "stop", "close"]
     assert loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def test_no_signal_ends_a_process_that_is_closing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody handles SIGTERM, one that comes while the instance withdraws ends the process only afterwards."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Only what would end the process is replaced: the signal itself is a real one.
+    monkeypatch.setattr(signal, "raise_signal", lambda number: server.events.append(f"ended by {number}"))
+
+    async def close() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.01)
+        server.events.append("close")
+
+    async with DrainOnSigterm(server.withdraw, close, 0):
+        pass
+    assert server.events == ["close", "ended by 15"]
 
 
 @pytest.mark.parametrize("handler", [None, signal.SIG_IGN])
@@ -352,28 +420,28 @@ async def test_what_is_not_ours_to_handle_is_left_alone(
 ) -> None:
     """A handler that is not Python's can't be put back, and an ignored signal is ignored on purpose."""
     monkeypatch.setattr(signal, "getsignal", lambda number: handler)
-    async with DrainOnSigterm(server.withdraw, 0):
+    async with DrainOnSigterm(server.withdraw, server.close, 0):
         signal.raise_signal(signal.SIGTERM)
-    assert server.events == ["stop"]
+    assert server.events == ["stop", "close"]
 
 
 async def test_a_handler_put_in_front_of_ours_stays(server: Server) -> None:
     """Whoever took SIGTERM over while the app ran keeps it, and reaches the server through us."""
-    async with DrainOnSigterm(server.withdraw, 0):
+    async with DrainOnSigterm(server.withdraw, server.close, 0):
         ours = signal.getsignal(signal.SIGTERM)
         assert callable(ours)
         signal.signal(signal.SIGTERM, lambda number, frame: ours(number, frame))
         theirs = signal.getsignal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is theirs
     signal.raise_signal(signal.SIGTERM)
-    assert server.events == ["stop"]
+    assert server.events == ["close", "stop"]
 
 
 async def test_other_threads_have_no_signals(server: Server) -> None:
     """An app that runs in another thread starts and stops without touching the process's signals."""
 
     async def run() -> object:
-        async with DrainOnSigterm(server.withdraw, 0):
+        async with DrainOnSigterm(server.withdraw, server.close, 0):
             assert threading.current_thread() is not threading.main_thread()
             return signal.getsignal(signal.SIGTERM)
 

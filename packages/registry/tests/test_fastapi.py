@@ -134,7 +134,7 @@ async def test_an_error_within_the_lifespan_still_withdraws(
             left.append(found(consul_agent, "broken-off", passing=False))
             raise LookupError("could not close")
 
-    async def answers(registrar: Registrar, timeout: float = 0) -> bool:
+    async def answers(registrar: Registrar) -> bool:
         return registrar.serves(registrar.instance_id or "")
 
     async def run() -> None:

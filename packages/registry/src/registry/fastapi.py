@@ -50,10 +50,9 @@ def lifespan(
             client = await stack.enter_async_context(ServiceDiscoveryClient(resolver))
             await resolver.start()
             registrar = Registrar(settings, connection)
-            stack.push_async_callback(registrar.aclose)
             app.state.registrar, app.state.discovery_client = registrar, client
-            registrar.start()
-            async with DrainOnSigterm(registrar.withdraw, settings.drain_seconds):
+            async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
+                registrar.start()
                 yield state
 
     return run

@@ -47,9 +47,9 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
     async def health(request: Request, instance: str | None = None) -> JSONResponse:
         registrar: Registrar | None = getattr(request.app.state, "registrar", None)
         if instance is not None and registrar is not None and not registrar.serves(instance):
-            own = f"this is {registrar.instance_id}{', and it is leaving' if registrar.leaving else ''}"
+            own = f"this is {registrar.instance_id}{', and it is leaving' if registrar.withdrawn else ''}"
             return JSONResponse({"detail": own}, status_code=404)
-        if registrar is not None and registrar.leaving:
+        if registrar is not None and registrar.withdrawn:
             return JSONResponse({"status": "leaving", "components": {}}, status_code=503)
         states = await asyncio.gather(*(_state(name, check, timeout) for name, check in checks.items()))
         components = dict(zip(checks, states, strict=True))

@@ -14,6 +14,7 @@ from registry.consul.addresses import address_towards, is_loopback, is_ours
 from registry.consul.connection import AsyncConsul, consul_errors
 from registry.consul.health import parse_local_health
 from registry.consul.registration import Registration
+from registry.consul.siblings import PAUSE, Siblings
 from registry.retry import Backoff
 from registry.settings import ConsulSettings, ServiceSettings
 
@@ -26,8 +27,6 @@ WAIT = 60
 WITHDRAW_TIMEOUT = 2.0
 """Seconds that a dead Consul may delay an exit."""
 PROBE_TIMEOUT = 1.0
-SIBLING_TIMEOUT = 1.0
-"""Seconds for a sibling process to show that it still serves this instance, before we withdraw it."""
 REJOIN_DELAY = 0.3, 0.5
 """Seconds, from and to. Siblings that are being stopped together must not bring each other back. (After a restart of
 the agent, where all its services come at once, the back-off spreads them.)"""
@@ -52,6 +51,10 @@ class Registrar:
         self._probe = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         self._task: asyncio.Task[None] | None = None
         self._withdrawal: asyncio.Task[None] | None = None
+        self._siblings = Siblings()
+        self._settled = asyncio.Event()
+        self.withdrawn = False
+        """Whether this instance was taken out of Consul, and only serves what still comes."""
         # Held while the registration is written: a withdrawal must not be overtaken by it.
         self._writing = asyncio.Lock()
         self._backoff = Backoff(base=0.2, cap=2.0)
@@ -68,15 +71,15 @@ class Registrar:
 
     @property
     def leaving(self) -> bool:
-        """Whether this instance was withdrawn, and only serves what still comes."""
+        """Whether this process was told to stop; its siblings may serve on, and then the instance stays."""
         return self._withdrawal is not None
 
     def serves(self, instance_id: str) -> bool:
-        """Whether this process is that instance; not any more once it leaves or closes.
+        """Whether this process is that instance; not any more once that is withdrawn, or the process closes.
 
         Only siblings ask then: one that has not heard yet that all are stopped must not register it again.
         """
-        return instance_id == self.instance_id and not self.leaving and not self._closing
+        return instance_id == self.instance_id and not self.withdrawn and not self._closing
 
     def start(self) -> None:
         """Begins in the background; never blocks and never fails."""
@@ -87,21 +90,22 @@ class Registrar:
     async def withdraw(self) -> None:
         """Takes this instance out of Consul: no caller finds it from now on. At most 2 s, raises nothing.
 
-        Once begun it is carried through: cancelling a caller only ends his waiting, and later callers join in.
+        Unless another process serves it on: then it goes with the last one, be it this one. Once begun it is carried
+        through: cancelling a caller only ends his waiting, and later callers join in.
         """
         if self._withdrawal is None:
             self._withdrawal = asyncio.get_running_loop().create_task(
                 self._withdraw(), name=f"withdraw {self._service.name}", context=contextvars.Context()
             )
-        await asyncio.shield(self._withdrawal)
+        await self._settled.wait()
 
-    async def answers(self, timeout: float = PROBE_TIMEOUT) -> bool:
-        """Whether the advertised address answers as this instance right now. At most ``timeout`` seconds."""
+    async def answers(self) -> bool:
+        """Whether the advertised address answers as this instance right now. At most 1 s."""
         if self.registration is None:
             return False
         url = f"http://{self.registration.instance.netloc}{self.registration.health_check_path}"
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(PROBE_TIMEOUT):
                 return (await self._probe.get(url)).status_code == httpx.codes.OK
         except (TimeoutError, httpx.HTTPError):
             return False
@@ -109,34 +113,43 @@ class Registrar:
     async def aclose(self) -> None:
         """Withdraws, unless another process still serves this instance, and closes the connections. At most 3 s.
 
-        Call it when this process no longer listens. Another process: uvicorn's other workers, or the one that was
+        Call it when this process no longer listens. Another process: a server's other workers, or the one that was
         here first, when ours ends because its port is taken.
         """
         self._closing = True
         try:
-            if not self.leaving and await self.answers(SIBLING_TIMEOUT):
-                await self._stop()
-            else:
-                await self.withdraw()
+            await self.withdraw()
         finally:
+            if self._withdrawal is not None:
+                await asyncio.wait({self._withdrawal})
             await self._probe.aclose()
             await self._consul.http.close()
 
     async def _withdraw(self) -> None:
         try:
-            async with asyncio.timeout(WITHDRAW_TIMEOUT), self._writing:
+            async with asyncio.timeout(WITHDRAW_TIMEOUT) as limit, self._writing:
                 await self._stop()
-                if self.registration is not None:
+                while not self._siblings.leave():
+                    self._settled.set()
+                    if self._closing:
+                        return
+                    await asyncio.sleep(PAUSE)
+                    limit.reschedule(asyncio.get_running_loop().time() + WITHDRAW_TIMEOUT)
+                self.withdrawn = True
+                if self.registration is not None and not self._siblings.taken_out:
                     with consul_errors(self._settings):
                         await self._consul.agent.service.deregister(self.registration.id)
                     logger.info("deregistered", extra={"instance": self.instance_id})
         except Exception as error:
+            self.withdrawn = True
             logger.warning(
                 "could not deregister: Consul will notice by its checks",
                 extra={"instance": self.instance_id, "error": repr(error)},
             )
         finally:
             await self._stop()
+            self._siblings.close()
+            self._settled.set()
 
     async def _stop(self) -> None:
         if self._task is not None:
@@ -148,6 +161,7 @@ class Registrar:
         while True:
             try:
                 registration = await self._locate()
+                await self._siblings.join(registration.id)
                 await self._until_answering(registration)
                 async with self._writing:
                     await self._register(registration)

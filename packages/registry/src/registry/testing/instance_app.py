@@ -166,6 +166,9 @@ def main(instance_id: str, directory: str, listener: str, registers: str) -> Non
         registering(answering) if registers == "yes" else answering,
         log_level="warning",
         access_log=False,
+        # The same everywhere, whatever else is installed: what is measured depends on it.
+        http="h11",
+        loop="asyncio",
         lifespan="on" if registers == "yes" else "off",
     )
     _Server(config, answering).run([socket.socket(fileno=int(listener))])
