@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import struct
 import threading
@@ -630,6 +631,20 @@ async def test_redirect_loop_ends(serve: Serve) -> None:
     async with client_of(server) as client:
         with pytest.raises(httpx.TooManyRedirects):
             await client.get("cards", "/")
+
+
+@pytest.mark.parametrize(
+    "name", ["my_service", "My.Service", "team/service", "k\xe4rten", "a" * 64, "___", "xn--a", "a?b#c%2f"]
+)
+async def test_names_of_others_are_called(serve: Serve, name: str) -> None:
+    """Whatever Consul takes for a name can be called, redirects included; it is kept out of URL and Host."""
+    server = serve(with_slash)
+    resolver = StaticResolver({name: [server.of(name)], "s-my-service": []})
+    async with ServiceDiscoveryClient(resolver) as client:
+        response = await client.get(name, "/cards")
+        assert (response.status_code, response.url.path) == (200, "/cards/")
+        assert client.explain(name).endpoints[0].picks == 2
+    assert re.fullmatch(r"s-[a-z0-9-]+", server.requests[0].headers["host"])
 
 
 # -- the transport in any httpx client ---------------------------------------------------------------------------------

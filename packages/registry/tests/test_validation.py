@@ -258,8 +258,8 @@ def test_harmless_paths_arrive(tail: str, value: str) -> None:
     ],
 )
 def test_hostile_names_are_refused(name: Any) -> None:
-    """What is no RFC 1123 label is no service, for client, registry and settings alike."""
-    with pytest.raises(InvalidInputError):
+    """What is no RFC 1123 label is no name of one's own; nobody has it whom a call could reach."""
+    with pytest.raises(RegistryError):
         call(name, "/")
     with pytest.raises(InvalidInputError):
         check_service(name)

@@ -18,9 +18,10 @@
 | ``ResponseTooLargeError``                                                 | yes     | nobody         |
 | anything else                                                             | perhaps | nobody         |
 
-A failed handshake may mean no more than that TLS was asked of a port that does not speak it. An outcome that speaks
-against nobody ejects nobody, and yet makes the instance a less likely choice for a moment: one that fails in an
-unknown way must not attract calls by failing quickly.
+A failed handshake may mean no more than that TLS was asked of a port that does not speak it, or that the caller lacks
+a CA; one that an instance with ``secure=true`` breaks off or leaves unanswered speaks against it. An outcome that
+speaks against nobody ejects nobody, and yet makes the instance a less likely choice for a moment: one that fails in
+an unknown way must not attract calls by failing quickly.
 """
 
 import ssl
@@ -66,14 +67,18 @@ _SUCCESS = Verdict(None, Blame.NOBODY)
 _BROKEN = (httpx.ReadTimeout, httpx.WriteTimeout, httpx.NetworkError, httpx.RemoteProtocolError, httpx.DecodingError)
 
 
-def judge(outcome: httpx.Response | Exception) -> Verdict:
-    """What the outcome of one attempt means, by the table above; but for time-outs, where it takes the worst case."""
+def judge(outcome: httpx.Response | Exception, *, tls: bool = False) -> Verdict:
+    """What the outcome of one attempt means, by the table above; but for time-outs, where it takes the worst case.
+
+    ``tls``: the instance says of itself that it speaks TLS.
+    """
     if isinstance(outcome, httpx.Response):
         return Verdict(Failure.SENT, Blame.INSTANCE) if outcome.status_code >= 500 else _SUCCESS
     if isinstance(outcome, (httpx.ConnectError, httpx.ConnectTimeout)):
         causes = list(_causes(outcome))
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
-            return Verdict(Failure.NOT_SENT, Blame.NOBODY)
+            unknown = not tls or any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
+            return Verdict(Failure.NOT_SENT, Blame.NOBODY if unknown else Blame.INSTANCE)
         short = any(is_local_shortage(cause) for cause in causes)
         return Verdict(Failure.NOT_SENT, Blame.CALLER if short else Blame.INSTANCE)
     if isinstance(outcome, httpx.PoolTimeout):

@@ -25,6 +25,8 @@ Outcome = httpx.Response | Exception
 class Terms:
     """What is asked of a call beside the request itself; nothing of it is left in the caller's request."""
 
+    service: str | None = None
+    """The service's name, where it can't stand as the URL's host."""
     tag: str | None = None
     """Only instances with this tag."""
     read: bool = False
@@ -102,11 +104,11 @@ class Call:
             headers[context.RETRY_HEADER] = str(self.attempt)
         return self.attempt, headers
 
-    def judge(self, outcome: Outcome, seconds: float) -> Verdict:
+    def judge(self, endpoint: Endpoint, outcome: Outcome, seconds: float) -> Verdict:
         """What the outcome of an attempt that took so long means. Raises: what the request's own source raised."""
         if self._source is not None and self._source.error is not None:
             raise self._source.error
-        verdict = judge(outcome)
+        verdict = judge(outcome, tls=endpoint.instance.scheme == "https")
         if verdict.blame is Blame.INSTANCE and isinstance(outcome, httpx.TimeoutException):
             patience = self.terms.patience
             if (patience is None or seconds < patience) and not self.upstream.is_long(seconds):

@@ -20,7 +20,7 @@ from registry.resolver import Resolver
 from registry.retry import RetryPolicy
 from registry.transport import DiscoveryTransport
 from registry.upstream import Explanation
-from registry.validation import check_path, check_service, check_tag
+from registry.validation import check_known_service, check_path, check_service, check_tag
 
 __all__ = ["ServiceDiscoveryClient"]
 
@@ -117,7 +117,7 @@ class ServiceDiscoveryClient:
         InvalidInputError before anything is sent, and for a redirect that leaves the service; what the source of the
         request's body raises.
         """
-        url = _url(service_name, path)
+        url, other = _target(service_name, path)
         method = method if method in _METHODS else _check_method(method)
         if isinstance(data, (str, bytes)):
             content, data = data, None
@@ -145,7 +145,7 @@ class ServiceDiscoveryClient:
         request = httpx.Request(method, url, cookies=cookies, **shape)
         if "stream" in shape:
             request.read()
-        terms = self._terms(limit, None if tag is None else check_tag(tag))
+        terms = self._terms(limit, None if tag is None else check_tag(tag), other)
         response = await self._way.send(request, terms, auth, follow_redirects)
         try:
             return response.raise_for_status() if response.is_error else response
@@ -173,8 +173,8 @@ class ServiceDiscoveryClient:
         merged.update(given)
         return merged
 
-    def _terms(self, limit: float | None = None, tag: str | None = None) -> Terms:
-        return Terms(tag, True, limit, self._timeout, time.time() + self._deadline)
+    def _terms(self, limit: float | None = None, tag: str | None = None, service: str | None = None) -> Terms:
+        return Terms(service, tag, True, limit, self._timeout, time.time() + self._deadline)
 
     async def get(self, service_name: str, path: str, **kwargs: Any) -> httpx.Response:
         """``call_service`` with GET."""
@@ -225,8 +225,15 @@ def _timeouts(seconds: float) -> httpx.Timeout:
 
 
 @lru_cache(maxsize=1024)
-def _url(service: str, path: str) -> httpx.URL:
-    return httpx.URL(f"http://{check_service(service)}{check_path(path)}")
+def _target(service: str, path: str) -> tuple[httpx.URL, str | None]:
+    """The URL, and the service's name where that is one of others' making and no host."""
+    check_path(path)
+    try:
+        return httpx.URL(f"http://{check_service(service)}{path}"), None
+    except InvalidInputError:
+        name = check_known_service(service).lower()
+    host = re.sub("[^a-z0-9]+", "-", name)[:60].strip("-")
+    return httpx.URL(f"http://s-{host or 'x'}{path}"), name
 
 
 def _check_method(method: str) -> str:

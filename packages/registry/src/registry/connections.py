@@ -143,7 +143,7 @@ class Connections:
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
-            self._tls = httpx.create_ssl_context()
+            self._tls = self._options.ssl or httpx.create_ssl_context()
         return self._tls
 
     def _has_room(self) -> bool:

@@ -1,6 +1,7 @@
 """What an operator may turn: frozen values, each with its default."""
 
 from dataclasses import dataclass
+from ssl import SSLContext
 
 from registry.errors import InvalidInputError
 
@@ -22,8 +23,11 @@ class ConnectionOptions:
     max_response_size: int = 67_108_864
     """Bytes that an answer which is read whole may have, packed and unpacked. Streams are not limited."""
 
+    ssl: SSLContext | None = None
+    """For instances that speak https (``secure=true`` in their metadata): a private CA, say; None: as httpx does it."""
+
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if not value > 0:
+            if isinstance(value, (int, float)) and not value > 0:
                 raise InvalidInputError(f"{name}={value!r}: pass a number above 0")

@@ -45,7 +45,7 @@ class Way:
             history.append(answer)
             if following.url.host != request.url.host:
                 _check_leaving(request.url, following.url, follow)
-                terms = replace(terms, tag=None)
+                terms = replace(terms, service=None, tag=None)
             # Who speaks plain HTTP in the mesh is told otherwise by a header like X-Forwarded-Proto only.
             following.url = following.url.copy_with(scheme=request.url.scheme)
             request, answer = following, await self._once(following, terms, None)

@@ -50,9 +50,10 @@ class HttpxSender:
     async def send(
         self, request: httpx.Request, instance: Instance, extra: Mapping[str, str], limit: float | None, *, read: bool
     ) -> httpx.Response:
+        scheme = "https" if instance.scheme == "https" else request.url.scheme
         addressed = httpx.Request(
             request.method,
-            request.url.copy_with(host=instance.address, port=instance.port),
+            request.url.copy_with(scheme=scheme, host=instance.address, port=instance.port),
             # The Host header stays the logical one: a redirect then comes back to the service, and is balanced again.
             headers=[*request.headers.raw, *((name.encode(), value.encode()) for name, value in extra.items())],
             stream=request.stream,
@@ -75,6 +76,9 @@ class HttpxSender:
         return response
 
     async def _read(self, response: httpx.Response) -> None:
+        if response.is_stream_consumed:  # It came read.
+            _check_size(len(response.content), self._options)
+            return
         content = bytearray()
         async for piece in response.aiter_raw():
             content += piece
@@ -106,7 +110,8 @@ class H11Sender:
             until = asyncio.get_running_loop().time() + limit
             if read and limit <= (timeouts.get("read") or limit):
                 exchange.timeouts = {"write": timeouts.get("write")}  # The limit comes first: no timer for each wait.
-        origin = Origin(request.url.scheme, instance.address, instance.port)
+        scheme = "https" if instance.scheme == "https" else request.url.scheme
+        origin = Origin(scheme, instance.address, instance.port)
         connection = stream = None
         scope = asyncio.timeout_at(until)
         try:

@@ -17,7 +17,7 @@ from registry.resolver import Resolver
 from registry.retry import RetryPolicy
 from registry.sender import H11Sender, HttpxSender, Sender
 from registry.upstream import Explanation, Upstream
-from registry.validation import check_service
+from registry.validation import check_known_service
 
 __all__ = ["DiscoveryTransport"]
 
@@ -72,7 +72,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         """What ``handle_async_request`` does, on terms that a request can't carry."""
         if request.url.port is not None:
             raise InvalidInputError(f"{str(request.url)!r} names a port: leave it out, the registry knows it")
-        upstream = self._upstream(request.url.raw_host.decode("ascii"), terms.tag)
+        upstream = self._upstream(terms.service or request.url.raw_host.decode("ascii"), terms.tag)
         upstream.budget.deposit()
         call = Call(request, upstream, terms)
         if call.left() <= 0:
@@ -151,7 +151,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
             del endpoint.started[key]
         now = time.monotonic()
         seconds = now - started
-        failure, blame = call.judge(outcome, seconds)
+        failure, blame = call.judge(endpoint, outcome, seconds)
         if failure is None:
             upstream.pool.succeeded(endpoint, seconds)
             upstream.latencies.append(seconds)
@@ -200,7 +200,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         service = service.lower()
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
-            check_service(service)
+            check_known_service(service)
             upstream = Upstream(self._resolver, Pool(service, named_pick(self._policy)), tag)
             self._upstreams = {key: known for key, known in self._upstreams.items() if known.pool.knows_any}
             self._upstreams[service, tag] = upstream
