@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Collection
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,10 +44,14 @@ def _is_link(name: str, value: str) -> bool:
     """Whether the platform set this variable, not an operator; if so, that is logged."""
     if not _LINK.match(value):
         return False
-    logger.warning(
-        "ignoring %s=%s: Kubernetes or Docker set it, and it is no port; to choose one, set a number", name, value
-    )
+    _warn("ignoring %s=%s: Kubernetes or Docker set it, and it is no port; to choose one, set a number", name, value)
     return True
+
+
+@cache
+def _warn(message: str, *details: str) -> None:
+    """Once in a process: settings are made in several places."""
+    logger.warning(message, *details)
 
 
 class ConsulEnvironment(PydanticBaseSettingsSource):
@@ -74,7 +79,7 @@ class ConsulEnvironment(PydanticBaseSettingsSource):
             found["scheme"] = "https"
         ignored = [name for name in _UNSUPPORTED if os.environ.get(name)]
         if ignored:
-            logger.warning("ignoring %s: only the default namespace and partition are used", " and ".join(ignored))
+            _warn("ignoring %s: only the default namespace and partition are used", " and ".join(ignored))
         return found
 
 
