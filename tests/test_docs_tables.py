@@ -12,8 +12,8 @@ import pytest
 from pydantic import AliasChoices
 
 import registry
+import registry.environment
 import registry.fastapi
-import registry.settings
 import registry.testing.binary
 from deploy.services import SERVICES
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
@@ -59,6 +59,7 @@ def service_variables(settings: type[ServiceSettings], inherited: type[ServiceSe
         default = None if info.is_required() else info.get_default(call_default_factory=True, validated_data={})
         text = f"{default:g}" if isinstance(default, float) else str(default)
         words = "the service's own" if info.is_required() else "unset" if default is None else "none"
+        words = "`false`" if default is False else words
         found[str(alias or f"SERVICE_{name.upper()}")] = f"`{text}`" if default else words
     return found
 
@@ -86,7 +87,7 @@ def test_service_variables_are_documented() -> None:
 
 def test_consul_variables_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every CONSUL_* variable that the package reads stands in the table, and no other; the defaults are right."""
-    sources = inspect.getsource(registry.settings) + inspect.getsource(registry.testing.binary)
+    sources = inspect.getsource(registry.environment) + inspect.getsource(registry.testing.binary)
     documented = {name: row for name, row in documented_variables().items() if name.startswith("CONSUL_")}
     assert documented.keys() == set(re.findall(r'"(CONSUL_\w+)"', sources))
     for variable in documented:
@@ -94,6 +95,7 @@ def test_consul_variables_are_documented(monkeypatch: pytest.MonkeyPatch) -> Non
     found = registry.ConsulSettings()
     assert documented["CONSUL_HOST"][0] == f"`{found.host}`"
     assert documented["CONSUL_PORT"][0] == f"`{found.port}`"
+    assert documented["CONSUL_WAIT"][0] == f"`{found.wait:g}`"
     assert (found.scheme, found.token, found.token_file, found.ca_file) == ("http", None, None, None)
 
 

@@ -3,15 +3,24 @@
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, WebSocket
+from starlette.types import ASGIApp, Message, Scope
 
-from registry import ConsulSettings, Registrar, ServiceDiscoveryClient, ServiceSettings
+from registry import (
+    ConsulSettings,
+    InvalidInputError,
+    Registrar,
+    ServiceDiscoveryClient,
+    ServiceRegistry,
+    ServiceSettings,
+)
 from registry.fastapi import DiscoveryClient, RegistryMiddleware, health_router, lifespan
 from registry.testing.command import found, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
@@ -30,7 +39,7 @@ def identity(name: str) -> ServiceSettings:
 
 
 @asynccontextmanager
-async def serving(app: FastAPI, settings: ServiceSettings) -> AsyncIterator[httpx.AsyncClient]:
+async def serving(app: ASGIApp, settings: ServiceSettings) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the app, which uvicorn serves until the context ends and then stops by program, not by signal."""
     server = uvicorn.Server(uvicorn.Config(app, port=settings.port, log_level="error", lifespan="on"))
     running = asyncio.create_task(server.serve())
@@ -217,3 +226,151 @@ async def test_a_reused_app_object_is_left_as_it_was(consul: ConsulSettings) -> 
             pass
         stacks.append(app.middleware_stack)
     assert stacks[0] is stacks[1]
+
+
+async def test_a_mounted_app_knows_who_it_is(consul_agent: ConsulAgent, consul: ConsulSettings) -> None:
+    """In a mounted app, and one mounted in that, the client is there, and the health router knows its instance."""
+    settings = identity("mounting")
+    deepest, mounted = FastAPI(), FastAPI()
+    deepest.include_router(health_router())
+    clients: list[ServiceDiscoveryClient] = []
+
+    async def use(client: DiscoveryClient) -> None:
+        clients.append(client)
+
+    for part in (deepest, mounted):
+        part.get("/use")(use)
+    mounted.mount("/deep", deepest)
+    app = FastAPI(lifespan=lifespan(settings, consul=consul))
+    app.include_router(health_router())
+    app.get("/use")(use)
+    app.mount("/v1", mounted)
+    async with serving(app, settings) as client:
+        await until_found(consul_agent, "mounting")
+        for path in ("/use", "/v1/use", "/v1/deep/use"):
+            assert (await client.get(path)).status_code == 200
+        assert len(set(clients)) == 1
+        own = f"mounting-127.0.0.1-{settings.port}"
+        assert (await client.get(f"/v1/deep/health?instance={own}")).status_code == 200
+        assert (await client.get("/v1/deep/health?instance=ghost-10.0.0.9-80")).status_code == 404
+        await app.state.registrar.withdraw()
+        leaving = await client.get("/v1/deep/health")
+        assert (leaving.status_code, leaving.json()["status"]) == (503, "leaving")
+
+
+async def test_a_websocket_has_the_client(consul: ConsulSettings) -> None:
+    """A WebSocket endpoint takes the dependency as any other does."""
+    settings = identity("socketed")
+    app = FastAPI(lifespan=lifespan(settings, consul=consul))
+
+    @app.websocket("/ws")
+    async def ws(websocket: WebSocket, client: DiscoveryClient) -> None:
+        await websocket.accept()
+        await websocket.send_text(type(client).__name__)
+        await websocket.close()
+
+    sent: list[Message] = []
+    scope: Scope = {"type": "websocket", "path": "/ws", "headers": [], "query_string": b"", "subprotocols": []}
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async with lifespan(settings, consul=consul)(app):
+        await app(scope, receive, send)
+    assert [message.get("text") for message in sent] == [None, "ServiceDiscoveryClient", None]
+
+
+async def test_the_middleware_may_stand_around_the_app(consul_agent: ConsulAgent, consul: ConsulSettings) -> None:
+    """Around the whole app, as any ASGI middleware, it signs every answer, its own 504 too, and the app registers."""
+    settings = identity("wrapped")
+    app = FastAPI(lifespan=lifespan(settings, consul=consul))
+    app.include_router(health_router())
+    mounted = FastAPI()
+    app.mount("/v1", mounted)
+
+    @mounted.get("/error")
+    async def error() -> None:
+        raise RuntimeError("unhandled")
+
+    async with serving(RegistryMiddleware(app), settings) as client:
+        await until_found(consul_agent, "wrapped")
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        late = {"X-Request-Deadline": f"{time.time() - 10:.3f}"}
+        for path, headers, status in (
+            ("/health", {}, 200),
+            ("/nowhere", {}, 404),
+            ("/v1/nowhere", {}, 404),
+            ("/v1/error", {}, 500),
+            ("/health", late, 504),
+        ):
+            answer = await client.get(path, headers=headers)
+            assert (answer.status_code, path) == (status, path)
+            assert answer.headers.get_list("X-Service-Instance") == [f"wrapped-127.0.0.1-{settings.port}"]
+
+
+async def test_without_lifespan_the_middleware_around_the_app_signs_nothing() -> None:
+    """Around an app that was not started it changes nothing."""
+    app = RegistryMiddleware(FastAPI())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
+        answer = await client.get("/nowhere")
+    assert (answer.status_code, answer.headers.get("X-Service-Instance")) == (404, None)
+
+
+async def test_a_missing_lifespan_is_told() -> None:
+    """The dependency in an app without the lifespan is an error that says what to do."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def use(client: DiscoveryClient) -> None: ...
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
+        with pytest.raises(RuntimeError, match="lifespan"):
+            await client.get("/")
+
+
+async def test_two_names_for_one_app_are_refused(consul: ConsulSettings) -> None:
+    """A second lifespan of one app does not start, and the error says what to do instead; the app may try again."""
+    app = FastAPI()
+    twice = lifespan(identity("second-name"), consul=consul, inner=lifespan(identity("first-name"), consul=consul))
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match=r"'second-name'.*register_service"):
+            async with twice(app):
+                pass
+    async with lifespan(identity("one-name"), consul=consul)(app):
+        pass
+
+
+@pytest.mark.parametrize("where", ["route", "mount", None])
+async def test_a_registration_speaks_for_itself(
+    where: str | None, consul_agent: ConsulAgent, consul: ConsulSettings, service_name: str
+) -> None:
+    """Version, metrics path (if there is one) and scheme are registered; SERVICE_META and SERVICE_VERSION win."""
+    app = FastAPI(version="7.1")
+    if where == "route":
+        app.get("/metrics")(lambda: "")
+    if where == "mount":
+        app.mount("/metrics", FastAPI())
+    app.include_router(health_router())
+    measured = {"metrics_path": "/metrics"} if where else {}
+    for change, expected in (
+        ({}, {"version": "7.1", "secure": "false", **measured}),
+        ({"version": "8"}, {"version": "8", "secure": "false", **measured}),
+        ({"version": "8", "meta": {"version": "9", "team": "cards"}}, {"version": "9", "secure": "false"}),
+    ):
+        settings = identity(service_name).model_copy(update=change)
+        app.router.lifespan_context = lifespan(settings, consul=consul)
+        async with serving(app, settings):
+            await until_found(consul_agent, service_name)
+            with ServiceRegistry("127.0.0.1", consul_agent.http_port) as registry:
+                (instance,) = registry.discover_service(service_name)
+        assert {key: instance.meta[key] for key in expected} == expected
+        assert ("metrics_path" in instance.meta) == bool(where)
+
+
+def test_metadata_that_consul_would_refuse_is_told_at_the_start() -> None:
+    """A version too long for Consul is an error when the registrar is made, not a service that never registers."""
+    with pytest.raises(InvalidInputError, match="version"):
+        Registrar(identity("verbose"), about={"version": "x" * 513})

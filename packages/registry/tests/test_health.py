@@ -112,6 +112,16 @@ async def test_answers_only_for_itself() -> None:
     assert (leaving.status_code, leaving.json()) == (503, {"status": "leaving", "components": {}})
 
 
+@pytest.mark.parametrize("asked", ["%C3%BC", "%FF", "%00", "%0D%0AX-Evil:1", "a" * 5000, "", "%E2%80%A8"])
+async def test_any_id_gets_a_plain_answer(asked: str) -> None:
+    """Whatever instance is asked for, in whatever characters: 404, with the own id in it and in a header's alphabet."""
+    registrar = Registrar(ServiceSettings(name="cards", port=8002, address="my_host_1."))
+    registrar.registration = await registrar._describe()
+    answer = await ask(f"/health?instance={asked}", registrar)
+    assert (answer.status_code, answer.json()) == (404, {"detail": "this is cards-my_host_1.-8002"})
+    await registrar.aclose()
+
+
 async def test_without_presence_every_id_is_answered() -> None:
     """An app that somebody else registers does not know its id, and does not contradict."""
     assert (await ask("/health?instance=whatever")).status_code == 200

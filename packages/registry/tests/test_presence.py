@@ -90,6 +90,7 @@ def test_wrong_port_is_never_registered_and_told(service: Start, consul_agent: C
     one = service("wrong-port", consul_agent, SERVICE_PORT="1")
     wait_until(lambda: "WARNING the advertised address does not answer" in one.log, 8)
     assert "SERVICE_PORT" in one.log
+    assert "(GET http://127.0.0.1:1/health?instance=wrong-port-127.0.0.1-1 failed: " in one.log
     assert found(consul_agent, "wrong-port", passing=False) == []
     assert one.end(signal.SIGTERM) < 2.5
 
@@ -134,7 +135,7 @@ def test_serves_without_consul_and_registers_when_it_comes(service: Start, priva
     private_consul_agent.stop()
     one = service("early", private_consul_agent)
     assert one.http.get("/health").status_code == 200
-    wait_until(lambda: "registration interrupted" in one.log)
+    wait_until(lambda: "registration interrupted, trying on: Consul at" in one.log)
     private_consul_agent.start()
     assert wait_until(one.is_found, 5) < 5
 
@@ -183,7 +184,8 @@ def test_ids_addresses_tags_meta_and_weight_arrive(service: Start, consul_agent:
     )
     wait_until(lambda: found(consul_agent, "described"))
     told = entry(consul_agent, "described")
-    assert (told["Address"], told["Tags"], told["Meta"]) == ("localhost", ["v2", "blue"], {"team": "cards"})
+    assert (told["Address"], told["Tags"]) == ("localhost", ["v2", "blue"])
+    assert told["Meta"] == {"team": "cards", "version": "0.1.0", "secure": "false"}
     assert told["Weights"] == {"Passing": 7, "Warning": 1}
     assert str(told["ID"]).startswith("described-localhost-")
     with ServiceRegistry("127.0.0.1", consul_agent.http_port) as registry:
@@ -237,13 +239,17 @@ def test_a_newcomer_on_the_address_keeps_no_ghost(
     assert newcomer.is_found()
 
 
-def test_maintenance_survives_a_restart(service: Start, consul_agent: ConsulAgent) -> None:
-    """An instance that an operator took out of discovery stays out when its process is replaced."""
-    one = service("maintained", consul_agent)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_maintenance_survives_a_restart(
+    number: signal.Signals, service: Start, consul_agent: ConsulAgent, service_name: str
+) -> None:
+    """An instance that an operator took out of discovery stays out when its process is replaced, however it ended."""
+    one = service(service_name, consul_agent)
     wait_until(one.is_found)
     agent_put(consul_agent, f"/v1/agent/service/maintenance/{one.id}?enable=true&reason=test")
     wait_until(lambda: not one.is_found())
-    one.end(signal.SIGKILL)
+    one.end(number)
+    assert found(consul_agent, service_name, passing=False) == [one.id]
     one.start()
     wait_until(lambda: one.log.count("INFO registered") == 2)
     assert not one.is_found()
@@ -363,7 +369,7 @@ async def test_an_address_that_misleads_callers_is_told(
     await registrar.aclose()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "localhost", "LOCALHOST"])
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "localhost", "LOCALHOST", "localhost."])
 def test_loopback_is_known(address: str) -> None:
     """Every way to write loopback is recognised."""
     assert is_loopback(address)

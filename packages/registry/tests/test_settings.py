@@ -1,5 +1,6 @@
 """What each environment variable means, what wins over what, and that a token never shows."""
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError
 
-from registry import ConsulSettings, InvalidInputError, RegistryError, ServiceRegistry, ServiceSettings
+from registry import ConsulSettings, InvalidInputError, RegistryError, ServiceRegistry, ServiceSettings, environment
+from registry.consul.registration import Registration
 from registry.testing.server import Answer, Serve
 
 TOKEN = "5ecret-token-0f-this-test"
@@ -20,6 +22,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.upper().startswith(("CONSUL_", "SERVICE_")):
             monkeypatch.delenv(name)
+    environment._warn.cache_clear()
 
 
 # -- CONSUL_* ----------------------------------------------------------------------------------------------------------
@@ -39,7 +42,15 @@ def test_consul_defaults() -> None:
         ({"CONSUL_PORT": "8600"}, "http://localhost:8600"),
         ({"CONSUL_HOST": "consul.internal", "CONSUL_PORT": "1"}, "http://consul.internal:1"),
         ({"CONSUL_HOST": "::1"}, "http://[::1]:8500"),
-        ({"CONSUL_HTTP_ADDR": "consul"}, "http://consul:8500"),
+        # Without a port, Consul's own command dials 80 or 443, whatever its agent's default is.
+        ({"CONSUL_HTTP_ADDR": "consul"}, "http://consul:80"),
+        ({"CONSUL_HTTP_ADDR": "http://consul"}, "http://consul:80"),
+        ({"CONSUL_HTTP_ADDR": "https://consul"}, "https://consul:443"),
+        ({"CONSUL_HTTP_ADDR": "consul", "CONSUL_HTTP_SSL": "true"}, "https://consul:443"),
+        ({"CONSUL_HTTP_ADDR": "unix:///run/consul.sock"}, "unix:///run/consul.sock"),
+        ({"CONSUL_HTTP_ADDR": "consul_server:8500"}, "http://consul_server:8500"),
+        ({"CONSUL_HOST": "consul_server"}, "http://consul_server:8500"),
+        ({"CONSUL_HOST": "localhost."}, "http://localhost.:8500"),
         ({"CONSUL_HTTP_ADDR": "10.0.0.1:8600"}, "http://10.0.0.1:8600"),
         ({"CONSUL_HTTP_ADDR": "http://consul:8600"}, "http://consul:8600"),
         ({"CONSUL_HTTP_ADDR": "http://consul:8600/"}, "http://consul:8600"),
@@ -102,6 +113,68 @@ def test_ca_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert ConsulSettings().ca_file == tmp_path / "ca.pem"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "expected"),
+    [
+        ("CONSUL_CAPATH", "/etc/consul/ca", "ca_path", Path("/etc/consul/ca")),
+        ("CONSUL_CLIENT_CERT", "/etc/consul/cert.pem", "client_cert", Path("/etc/consul/cert.pem")),
+        ("CONSUL_TLS_SERVER_NAME", "server.dc1.consul", "tls_server_name", "server.dc1.consul"),
+        ("CONSUL_HTTP_SSL_VERIFY", "false", "verify", False),
+        ("CONSUL_HTTP_SSL_VERIFY", "1", "verify", True),
+        ("CONSUL_HTTP_SSL_VERIFY", "", "verify", True),
+        ("CONSUL_WAIT", "20", "wait", 20.0),
+        ("CONSUL_WAIT", "", "wait", 50.0),
+    ],
+)
+def test_consul_variables(
+    variable: str, value: str, field: str, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each variable of Consul's command sets its field."""
+    monkeypatch.setenv(variable, value)
+    assert getattr(ConsulSettings(), field) == expected
+
+
+def test_parks_end_before_a_usual_proxy_cuts_them() -> None:
+    """By default a parked question is answered in less than 60 s, what Consul adds to it included."""
+    assert ConsulSettings().wait * 17 / 16 < 60
+
+
+@pytest.mark.parametrize(
+    ("variables", "ignored"),
+    [
+        ({"CONSUL_NAMESPACE": "team", "CONSUL_PARTITION": "one"}, "CONSUL_NAMESPACE and CONSUL_PARTITION"),
+        ({"CONSUL_NAMESPACE": "team"}, "CONSUL_NAMESPACE"),
+        ({"CONSUL_PORT": "tcp://10.43.12.7:8500"}, "CONSUL_PORT=tcp://10.43.12.7:8500"),
+        ({"CONSUL_PORT": "udp://10.43.12.7:8600"}, "CONSUL_PORT=udp://10.43.12.7:8600"),
+    ],
+)
+def test_what_is_ignored_is_told_once(
+    variables: dict[str, str], ignored: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A variable that can't be honoured, or that a platform set, stops nothing and is named in one warning."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        assert ConsulSettings().url == "http://localhost:8500"
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("registry", "WARNING")
+    assert f"ignoring {ignored}:" in record.getMessage()
+
+
+def test_basic_authentication_of_a_proxy(monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
+    """CONSUL_HTTP_AUTH is sent with each request, beside the token, and shows nowhere."""
+    recorder = serve(lambda _: Answer(200, b"[]", {"X-Consul-Index": "7", "X-Consul-Default-ACL-Policy": "allow"}))
+    monkeypatch.setenv("CONSUL_HTTP_ADDR", f"127.0.0.1:{recorder.port}")
+    monkeypatch.setenv("CONSUL_HTTP_AUTH", "gate:0pen:5esame")
+    monkeypatch.setenv("CONSUL_HTTP_TOKEN", TOKEN)
+    with ServiceRegistry(settings=ConsulSettings()) as registry:
+        registry.discover_service("cards")
+        assert "5esame" not in repr(registry.settings)
+    headers = recorder.requests[0].headers
+    assert base64.b64decode(headers["authorization"].removeprefix("Basic ")) == b"gate:0pen:5esame"
+    assert headers["x-consul-token"] == TOKEN
+
+
 @pytest.mark.parametrize("content", [None, "no certificate"])
 def test_bad_ca_is_a_clear_error(tmp_path: Path, content: str | None) -> None:
     """A CA file that is missing or holds no certificate is told when the registry is made, with its name."""
@@ -133,7 +206,13 @@ def test_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
         ("CONSUL_PORT", "zero"),
         ("CONSUL_PORT", "0"),
         ("CONSUL_PORT", "70000"),
-        ("CONSUL_HTTP_ADDR", "unix:///var/run/consul.sock"),
+        ("CONSUL_HTTP_ADDR", "unix://"),
+        ("CONSUL_HTTP_ADDR", "unix://relative.sock"),
+        ("CONSUL_HTTP_SSL_VERIFY", "maybe"),
+        ("CONSUL_WAIT", "0"),
+        ("CONSUL_WAIT", "nan"),
+        ("CONSUL_TLS_SERVER_NAME", "two words"),
+        ("CONSUL_CLIENT_KEY", "/a/key/without/its/certificate"),
         ("CONSUL_HTTP_ADDR", "ftp://consul"),
         ("CONSUL_HTTP_ADDR", "http://"),
         ("CONSUL_HTTP_ADDR", "consul:port"),
@@ -166,17 +245,13 @@ def test_registry_with_arguments_ignores_the_environment(
     monkeypatch.setenv("CONSUL_HTTP_TOKEN", TOKEN)
     monkeypatch.setenv("CONSUL_HTTP_TOKEN_FILE", "/nowhere")
     monkeypatch.setenv("CONSUL_CACERT", "/nowhere")
+    monkeypatch.setenv("CONSUL_CLIENT_KEY", "/nowhere")
+    monkeypatch.setenv("CONSUL_HTTP_AUTH", "somebody:else")
+    monkeypatch.setenv("CONSUL_WAIT", "no number")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     with ServiceRegistry("127.0.0.1", recorder.port) as registry:
         assert registry.discover_service("cards") == []
-    assert "x-consul-token" not in recorder.requests[0].headers
-
-
-def test_address_without_port_reaches_consul(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CONSUL_HTTP_ADDR without a port means 8500, all the way to the connection."""
-    monkeypatch.setenv("CONSUL_HTTP_ADDR", "127.0.0.1")
-    with ServiceRegistry(settings=ConsulSettings()) as registry:
-        assert registry.settings.url == "http://127.0.0.1:8500"
+    assert not {"x-consul-token", "authorization"} & set(recorder.requests[0].headers)
 
 
 def test_registry_uses_the_environment_when_asked(monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
@@ -255,6 +330,22 @@ def test_service_defaults() -> None:
         ("SERVICE_TAGS", "v1", "tags", ("v1",)),
         ("SERVICE_TAGS", " v1 , blue,,", "tags", ("v1", "blue")),
         ("SERVICE_TAGS", "", "tags", ()),
+        ("SERVICE_TAGS", "two words", "tags", ("two words",)),
+        (
+            "SERVICE_TAGS",
+            '["Host(`a`, `b`)", "urlprefix-/ strip=/x"]',
+            "tags",
+            ("Host(`a`, `b`)", "urlprefix-/ strip=/x"),
+        ),
+        ("SERVICE_TAGS", " []", "tags", ()),
+        ("SERVICE_ADDRESS", "my_api_1", "address", "my_api_1"),
+        ("SERVICE_ADDRESS", "localhost.", "address", "localhost."),
+        ("SERVICE_SCHEME", "https", "scheme", "https"),
+        ("SERVICE_VERSION", "1.2", "version", "1.2"),
+        ("SERVICE_VERSION", "", "version", None),
+        ("SERVICE_HEALTH_CHECK_PATH", "/v1/health?deep=1", "health_check_path", "/v1/health?deep=1"),
+        ("SERVICE_HEALTH_CHECK_TLS_SERVER_NAME", "shop.test", "health_check_tls_server_name", "shop.test"),
+        ("SERVICE_HEALTH_CHECK_TLS_SKIP_VERIFY", "true", "health_check_tls_skip_verify", True),
         ("SERVICE_META", '{"version": "1.2"}', "meta", {"version": "1.2"}),
         ("SERVICE_WEIGHT", "5", "weight", 5),
         ("SERVICE_DRAIN_SECONDS", "0", "drain_seconds", 0.0),
@@ -294,7 +385,15 @@ def test_service_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SERVICE_ADDRESS", "::"),
         ("SERVICE_ADDRESS", "http://10.0.0.7"),
         ("SERVICE_ADDRESS", "10.0.0.7:8000"),
-        ("SERVICE_TAGS", "two words"),
+        ("SERVICE_TAGS", '["half a list"'),
+        ("SERVICE_TAGS", "[7]"),
+        ("SERVICE_TAGS", "line\nbreak"),
+        ("SERVICE_ADDRESS", "host..name"),
+        ("SERVICE_SCHEME", "ftp"),
+        ("SERVICE_HEALTH_CHECK_PATH", "health"),
+        ("SERVICE_HEALTH_CHECK_HEADERS", '{"two words": "x"}'),
+        ("SERVICE_HEALTH_CHECK_HEADERS", '{"X": "line\\nbreak"}'),
+        ("SERVICE_HEALTH_CHECK_TLS_SERVER_NAME", "https://shop.test"),
         ("SERVICE_META", '{"": "x"}'),
         ("SERVICE_META", '{"key": 7}'),
         ("SERVICE_META", "{broken"),
@@ -314,6 +413,39 @@ def test_bad_service_variables(variable: str, value: str, monkeypatch: pytest.Mo
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=variable.removeprefix("SERVICE_").lower()):
         Settings()
+
+
+@pytest.mark.parametrize("name", ["/web/service", None])
+def test_variables_of_a_platform_are_no_settings(
+    name: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Kubernetes Service or a Docker link called "service" sets variables like ours: ignored, with one warning."""
+    monkeypatch.setenv("SERVICE_PORT", "tcp://10.43.0.9:80")
+    if name is not None:
+        monkeypatch.setenv("SERVICE_NAME", name)
+    assert (Settings().name, Settings().port) == ("cards-api", 8002)
+    (record,) = caplog.records
+    assert "ignoring SERVICE_PORT=tcp://10.43.0.9:80" in record.getMessage()
+
+
+def test_health_check_headers_show_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headers of the check may hold a token: it is sent, and stands in no repr and no error."""
+    monkeypatch.setenv("SERVICE_HEALTH_CHECK_HEADERS", json.dumps({"Authorization": f"Bearer {TOKEN}"}))
+    settings = Settings()
+    registration = Registration.of(settings, "127.0.0.1")
+    assert registration.health_check_headers == {"Authorization": f"Bearer {TOKEN}"}
+    shown = f"{settings!r} {settings.model_dump_json()} {registration!r}"
+    monkeypatch.setenv("SERVICE_HEALTH_CHECK_HEADERS", json.dumps({"Authorization": f"Bearer {TOKEN}\n"}))
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert TOKEN not in f"{shown} {caught.value} {caught.value!r}"
+
+
+def test_metadata_that_fills_consul_leaves_no_room_for_ours() -> None:
+    """With as much metadata as Consul takes, nothing is registered beside it, and the instance is."""
+    full = {f"key-{number}": "" for number in range(64)}
+    assert Registration.of(Settings(meta=full), "127.0.0.1", {"version": "1"}).meta == full
+    assert Registration.of(Settings(meta={"secure": "no"}), "127.0.0.1").meta == {"secure": "no"}
 
 
 def test_service_without_name_or_port_is_told() -> None:

@@ -29,6 +29,7 @@ from registry.testing.server import Answer, RecordingServer, Serve, recording_se
 from registry.validation import (
     check_address,
     check_duration,
+    check_headers,
     check_id,
     check_known_service,
     check_meta,
@@ -340,9 +341,9 @@ def test_hostile_methods_are_refused(method: str) -> None:
         call("cards", "/", method)
 
 
-@pytest.mark.parametrize("tag", ["", "two words", "a,b", "a\nb", "a\0", "\u2028", "a" * 300, "\ud800"])
+@pytest.mark.parametrize("tag", ["", "a\nb", "a\0", "\u2028", "a" * 4097, "\ud800"])
 def test_hostile_tags_are_refused(tag: str) -> None:
-    """A tag is one printable word, for calls, discovery and registration alike."""
+    """A tag is printable text, for calls, discovery and registration alike."""
     with pytest.raises(InvalidInputError):
         check_tag(tag)
     with pytest.raises(ValueError):
@@ -514,8 +515,11 @@ def test_bad_schemes_never_reach_consul(registry: ServiceRegistry, impostor: Rec
             "a" * 64,
             f"{'a.' * 127}ab",
             "host..name",
+            "host..",
             ".host",
-            "host.",
+            ".",
+            "127.1.",
+            "1.",
             "2130706433",
             2130706433,
             b"\x7f\0\0\1",
@@ -532,9 +536,24 @@ def test_hostile_addresses_are_refused(address: Any) -> None:
         Registration(name="cards", address=address, port=80, service_id="cards-1")
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1", "::1", "fd00::17", "localhost", "cards.internal", "7.example", "a-1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "10.0.0.1",
+        "::1",
+        "fd00::17",
+        "localhost",
+        "cards.internal",
+        "7.example",
+        "a-1",
+        "my_api_1",
+        "_a.b_",
+        "localhost.",
+        "cards.internal.",
+    ],
+)
 def test_good_addresses_are_taken(address: str) -> None:
-    """IPv4, IPv6 and host names are addresses."""
+    """IPv4, IPv6 and host names are addresses, with underscores or a dot at the end, too, as resolvers take them."""
     assert check_address(address) == address
 
 
@@ -546,6 +565,22 @@ def test_an_accepted_address_is_the_urls_host(address: Any) -> None:
         return
     url = httpx.URL(f"http://{Instance('i', 'cards', address, 80).netloc}/health")
     assert (url.raw_host.decode(), url.path, url.userinfo) == (address.lower(), "/health", b"")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a:", "é", "a\n", "a" * 129, 7])
+@pytest.mark.parametrize("value", ["", "Bearer x"])
+def test_hostile_header_names_are_refused(name: Any, value: str) -> None:
+    """A header's name is a token of HTTP."""
+    with pytest.raises(InvalidInputError):
+        check_headers({name: value})
+
+
+@pytest.mark.parametrize("value", ["a\r\nb", "a\n", " a", "a\0", "é", "\ud800", 7])
+def test_hostile_header_values_are_refused_unseen(value: Any) -> None:
+    """A header's value is printable ASCII without blanks around it; the message does not repeat it."""
+    with pytest.raises(InvalidInputError) as caught:
+        check_headers({"Authorization": value})
+    assert str(value).strip() not in str(caught.value).split("'")
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536, "80", 80.0, True, None, b"80"])
@@ -589,7 +624,7 @@ def test_hostile_durations_are_refused(duration: Any) -> None:
 
 # -- what is accepted works --------------------------------------------------------------------------------------------
 
-tag_text = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters=","), min_size=1, max_size=20)
+tag_text = st.text(st.characters(exclude_categories=["C", "Z"]) | st.sampled_from(", "), min_size=1, max_size=20)
 meta_text = st.dictionaries(
     st.from_regex(r"[A-Za-z0-9_-]{1,30}", fullmatch=True).filter(lambda key: not key.lower().startswith("consul-")),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
@@ -603,7 +638,7 @@ durations = st.lists(
 @given(
     address=st.one_of(
         st.ip_addresses().filter(lambda ip: not ip.is_unspecified).map(str),
-        st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?(\.[a-z]{2,5}){0,2}", fullmatch=True),
+        st.from_regex(r"[a-z0-9_]([a-z0-9_-]{0,20}[a-z0-9_])?(\.[a-z]{2,5}){0,2}\.?", fullmatch=True),
     ),
     port=st.integers(1, 65535),
     tags=st.lists(tag_text, max_size=4, unique=True),

@@ -1,13 +1,14 @@
 """A FastAPI service that is found as long as it can answer, and finds others: lifespan, middleware, dependency."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +17,8 @@ from registry.client import ServiceDiscoveryClient
 from registry.consul.presence import Registrar
 from registry.consul.resolver import ConsulResolver
 from registry.drain import DrainOnSigterm
-from registry.health import Check, health_router
+from registry.errors import InvalidInputError
+from registry.health import ROOT, Check, find_state, health_router
 from registry.settings import ConsulSettings, ServiceSettings
 
 __all__ = ["Check", "DiscoveryClient", "RegistryMiddleware", "health_router", "lifespan", "refuse_invalid_request"]
@@ -39,6 +41,8 @@ def lifespan(
 
     ``upstreams``: services this one calls; they are known before the first request, if Consul answers within 2 s.
     ``inner``: the app's own lifespan, entered before and left after. ``consul``: the environment's unless given.
+
+    Raises, when the app starts: InvalidInputError, for a second ``lifespan`` of the same app, as one app has one name.
     """
 
     @asynccontextmanager
@@ -46,11 +50,16 @@ def lifespan(
         connection = consul or ConsulSettings()
         async with AsyncExitStack() as stack:
             state = await stack.enter_async_context(inner(app)) if inner else None
+            if hasattr(app.state, "registrar"):
+                raise InvalidInputError(
+                    f"this app registers itself under another name already, so not as {settings.name!r}, too: run it "
+                    "once for each name, or register the second with ServiceRegistry.register_service"
+                )
             resolver = ConsulResolver(connection, upstreams=upstreams)
             client = await stack.enter_async_context(ServiceDiscoveryClient(resolver))
             await resolver.start()
-            registrar = Registrar(settings, connection)
-            app.state.registrar, app.state.discovery_client = registrar, client
+            registrar = Registrar(settings, connection, about=_about(app))
+            stack.enter_context(_known(app, registrar, client))
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
                 yield state
@@ -58,8 +67,34 @@ def lifespan(
     return run
 
 
+def _about(app: FastAPI) -> dict[str, str]:
+    """What Consul's users want to know of an instance, as metadata."""
+    measured = any(getattr(route, "path", None) == "/metrics" for route in app.routes)
+    return {"version": app.version} | ({"metrics_path": "/metrics"} if measured else {})
+
+
+@contextmanager
+def _known(app: FastAPI, registrar: Registrar, client: ServiceDiscoveryClient) -> Iterator[None]:
+    """Within it, requests find both: at the app, and by it from the apps that are mounted in it."""
+    stack = app.middleware_stack or app.build_middleware_stack()
+
+    async def with_root(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[ROOT] = app
+        await stack(scope, receive, send)
+
+    app.state.registrar, app.state.discovery_client = registrar, client
+    app.middleware_stack, whole = with_root, app.middleware_stack
+    try:
+        yield
+    finally:
+        app.middleware_stack = whole
+        del app.state.registrar, app.state.discovery_client
+
+
 class RegistryMiddleware:
     """Puts ``X-Service-Instance: <id>`` on every response: ``app.add_middleware(RegistryMiddleware)``.
+
+    Or around the whole: ``app = RegistryMiddleware(app)``.
 
     While the instance drains, also ``Connection: close``: no caller keeps a connection that is about to be cut.
     A request whose deadline has passed is answered 504 at once, and the app never sees it. The deadline and the retry
@@ -69,12 +104,20 @@ class RegistryMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._outermost: Scope = {}
+        """The scope of the lifespan, if this stands around the app, which then puts itself into it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and "app" in scope:
             await _within_deadline(self._app, scope, receive, send)
             return
-        if scope["type"] != "lifespan":
+        if scope["type"] == "http":
+            scope[ROOT] = self._outermost.get("app")
+            await _sign(partial(_within_deadline, self._app), scope, receive, send)
+            return
+        if scope["type"] != "lifespan" or "app" not in scope:
+            if scope["type"] == "lifespan":
+                self._outermost = scope
             await self._app(scope, receive, send)
             return
         # Starlette answers an unhandled exception outside of every added middleware: only around the whole app is
@@ -112,7 +155,7 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
 
 
 async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    registrar: Registrar | None = getattr(scope["app"].state, "registrar", None)
+    registrar: Registrar | None = find_state(scope, "registrar")
     if scope["type"] != "http" or registrar is None or registrar.instance_id is None:
         await app(scope, receive, send)
         return
@@ -138,8 +181,10 @@ async def refuse_invalid_request(request: Request, error: RequestValidationError
     return JSONResponse({"detail": detail}, 422)
 
 
-def _discovery_client(request: Request) -> ServiceDiscoveryClient:
-    client: ServiceDiscoveryClient = request.app.state.discovery_client
+def _discovery_client(connection: HTTPConnection) -> ServiceDiscoveryClient:
+    client: ServiceDiscoveryClient | None = find_state(connection.scope, "discovery_client")
+    if client is None:
+        raise RuntimeError("no discovery client: give the app lifespan=lifespan(settings), and start it")
     return client
 
 

@@ -8,12 +8,16 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from starlette.types import Scope
 
 from registry.consul.presence import Registrar
 
-__all__ = ["Check", "health_router"]
+__all__ = ["ROOT", "Check", "find_state", "health_router"]
 
 logger = logging.getLogger("registry")
+
+ROOT = "registry.app"
+"""The key under which a scope names the app that has the lifespan; "app" is the one mounted in it that answers."""
 
 Check = Callable[[], Awaitable[object]]
 """An async function that returns when its component works, and raises when it does not."""
@@ -45,7 +49,7 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
         },
     )
     async def health(request: Request, instance: str | None = None) -> JSONResponse:
-        registrar: Registrar | None = getattr(request.app.state, "registrar", None)
+        registrar: Registrar | None = find_state(request.scope, "registrar")
         if instance is not None and registrar is not None and not registrar.serves(instance):
             own = f"this is {registrar.instance_id}{', and it is leaving' if registrar.withdrawn else ''}"
             return JSONResponse({"detail": own}, status_code=404)
@@ -60,6 +64,12 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
     return router
 
 
+def find_state(scope: Scope, name: str) -> Any:
+    """What the lifespan has put into its app's state; None: it does not run."""
+    app = scope.get(ROOT) or scope.get("app")
+    return getattr(app.state, name, None) if app is not None else None
+
+
 async def _state(name: str, check: Check, timeout: float) -> dict[str, Any]:
     try:
         async with asyncio.timeout(timeout) as limit:
@@ -68,6 +78,6 @@ async def _state(name: str, check: Check, timeout: float) -> dict[str, Any]:
         if limit.expired():
             return {"status": "unhealthy", "error": f"no answer within {timeout:g} s"}
         # The message may hold a connection string with its password: that goes to the log's reader only.
-        logger.warning("health check failed", extra={"component": name, "error": repr(error)})
+        logger.warning("health check failed: %s: %r", name, error, extra={"component": name})
         return {"status": "unhealthy", "error": type(error).__name__}
     return {"status": "healthy"}

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from consul.callback import CB
 
 from registry.consul.connection import SyncConsul, UnprovenEmptyError, consul_errors
+from registry.consul.entry import ATTEMPTS, holders, parse_nodes, take_out
 from registry.consul.health import health_path, parse_listing, parse_local_health, right_path, tell_left_out
 from registry.consul.registration import Registration
 from registry.consul.resolver import ConsulResolver
@@ -43,18 +44,10 @@ class ServiceRegistry:
 
         ``timeout``: seconds that one request may take. Sends nothing yet.
         """
-        self.settings = settings or ConsulSettings.model_validate(
-            {
-                "host": host,
-                "port": port,
-                "token": token,
-                "token_file": None,
-                "scheme": scheme,
-                "consistency": consistency,
-                "ca_file": ca_file,
-                "timeout": timeout,
-            }
-        )
+        given = {"host": host, "port": port, "token": token, "scheme": scheme, "consistency": consistency}
+        given |= {"ca_file": ca_file, "timeout": timeout}
+        defaults = {name: field.default for name, field in ConsulSettings.model_fields.items()}
+        self.settings = settings or ConsulSettings.model_validate(defaults | given)
         self._consul = SyncConsul(self.settings)
         self._told: dict[str, frozenset[LeftOut]] = {}
 
@@ -102,10 +95,23 @@ class ServiceRegistry:
         return registration.id
 
     def deregister_service(self, service_id: str) -> bool:
-        """True: gone from this agent. False: this agent knew no such id."""
+        """True: it was in Consul, and is gone. False: neither this agent nor the catalog knew such an id.
+
+        Behind a load balancer, several agents may be asked until one has it. If none of those reached does, it is taken
+        out of the catalog, from which its own agent may bring it back within a minute.
+        """
         check_id(service_id)
+        path, nodes = f"/v1/agent/service/deregister/{service_id}", set[str]()
         with consul_errors(self.settings):
-            return bool(self._consul.agent.service.deregister(service_id))
+            for _ in range(ATTEMPTS):
+                if self._consul.http.last("PUT", CB.boolean(), path):
+                    return True
+                nodes = self._consul.http.get(parse_nodes, *holders(service_id))
+                if not nodes:
+                    return False
+            for node in nodes:
+                take_out(self._consul, node, service_id)
+        return True
 
     def discover_service(self, name: str, tag: str | None = None, passing: bool = True) -> list[Instance]:
         """The service's instances, sorted by id; empty when there are none. ``passing=False``: also unhealthy ones.

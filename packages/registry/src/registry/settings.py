@@ -4,89 +4,47 @@ Consul's own variables keep the meaning that its command line gives them.
 Source: https://developer.hashicorp.com/consul/commands#environment-variables
 """
 
-import os
+import json
 import re
-from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator
-from pydantic.fields import FieldInfo
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from registry.environment import ConsulEnvironment, ServiceEnvironment
 from registry.errors import InvalidInputError
-from registry.validation import check_address, check_meta, check_port, check_service, check_tag
+from registry.validation import (
+    check_address,
+    check_headers,
+    check_meta,
+    check_path,
+    check_port,
+    check_service,
+    check_tag,
+)
 
 __all__ = ["ConsulSettings", "ServiceSettings"]
 
 
 def _split(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    # A tag may hold commas and spaces, as those for Traefik and Fabio do: then it takes a JSON list.
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise InvalidInputError(f"not a JSON list, as its '[' promises: {error}") from None
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-_CONSUL_VARIABLES = {
-    "host": "CONSUL_HOST",
-    "port": "CONSUL_PORT",
-    "token": "CONSUL_HTTP_TOKEN",
-    "token_file": "CONSUL_HTTP_TOKEN_FILE",
-    "ca_file": "CONSUL_CACERT",
-}
-# Go's strconv.ParseBool, by which Consul reads its own variables.
-_TRUE, _FALSE = {"1", "t", "true"}, {"0", "f", "false", ""}
 # What may stand in a header. A token with a line break would otherwise be quoted in somebody's error message.
 _TOKEN = re.compile(r"[!-~]*", re.ASCII)
 
 
 def _blank_is_unset(value: object) -> object:
     return None if value == "" else value
-
-
-class _ConsulEnvironment(PydanticBaseSettingsSource):
-    """Consul's variables, folded into host, port and scheme; silent about what the arguments decide."""
-
-    def __init__(self, settings_cls: type[BaseSettings], given: Collection[str]) -> None:
-        super().__init__(settings_cls)
-        self._given = given
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        raise NotImplementedError  # every field is filled at once, in __call__
-
-    def __call__(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if not {"host", "port"} & set(self._given):
-            found |= self._address()
-        found |= self._read("host", "port", "ca_file") | found
-        if not {"token", "token_file"} & set(self._given):
-            found |= self._read("token", "token_file")
-        if "scheme" not in self._given:
-            ssl = os.environ.get("CONSUL_HTTP_SSL", "").lower()
-            if ssl not in _TRUE | _FALSE:
-                raise InvalidInputError("CONSUL_HTTP_SSL: set it to true or false")
-            found |= {"scheme": "https"} if ssl in _TRUE else {}
-        return found
-
-    def _read(self, *fields: str) -> dict[str, Any]:
-        found = {field: os.environ.get(_CONSUL_VARIABLES[field]) for field in fields}
-        return {field: value for field, value in found.items() if value}
-
-    def _address(self) -> dict[str, Any]:
-        """What ``CONSUL_HTTP_ADDR`` says; it wins over ``CONSUL_HOST`` and ``CONSUL_PORT``."""
-        address = os.environ.get("CONSUL_HTTP_ADDR")
-        if not address:
-            return {}
-        try:
-            url = urlsplit(address if "://" in address else f"//{address}")
-            host, port = url.hostname, 8500 if url.port is None else url.port
-        except ValueError:
-            host, port = None, 0
-        else:
-            beyond = url.path.strip("/") or url.query or url.fragment or "@" in url.netloc
-            if url.scheme not in {"", "http", "https"} or beyond:
-                host = None
-        if not (host and port):
-            raise InvalidInputError("CONSUL_HTTP_ADDR: set it to host:port, http://host:port or https://host:port")
-        return {"scheme": url.scheme or "http", "host": host, "port": port}
 
 
 class ConsulSettings(BaseSettings):
@@ -104,9 +62,27 @@ class ConsulSettings(BaseSettings):
     token: SecretStr | None = None
     token_file: Path | None = None
     ca_file: Path | None = None
+    ca_path: Path | None = None
+    """A directory; every file in it holds certificates of authorities, like ``ca_file``."""
+    client_cert: Path | None = None
+    """The certificate that we present, for a Consul that asks for one; its key is in ``client_key``, or beside it."""
+    client_key: Path | None = None
+    tls_server_name: str | None = None
+    """The name in Consul's certificate, where that is not the host."""
+    verify: bool = True
+    """Whether Consul's certificate is checked."""
+    auth: SecretStr | None = None
+    """``user:password`` of HTTP basic authentication, for a proxy in front of Consul."""
+    socket: Path | None = None
+    """The Unix socket at which Consul listens; host and port then only say what this host is to itself."""
     consistency: Literal["default", "consistent", "stale"] = "default"
     timeout: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Seconds that one ordinary request to Consul may take."""
+    wait: float = Field(default=50.0, ge=1, le=600)
+    """Seconds, at most, that Consul parks a question until there is news; it adds up to a sixteenth.
+
+    With that, keep it below what a proxy in between waits for an answer, or the proxy cuts every question.
+    """
 
     @classmethod
     def settings_customise_sources(
@@ -117,12 +93,17 @@ class ConsulSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _ConsulEnvironment(settings_cls, init_settings().keys())
+        return init_settings, ConsulEnvironment(settings_cls, init_settings().keys())
 
     @field_validator("host")
     @classmethod
     def _host(cls, host: str) -> str:
         return check_address(host)
+
+    @field_validator("tls_server_name")
+    @classmethod
+    def _tls_server_name(cls, name: str | None) -> str | None:
+        return None if name is None else check_address(name)
 
     @field_validator("port")
     @classmethod
@@ -136,9 +117,17 @@ class ConsulSettings(BaseSettings):
             _check_token(token.get_secret_value(), "the token")
         return token
 
+    @model_validator(mode="after")
+    def _client_certificate(self) -> Self:
+        if self.client_key is not None and self.client_cert is None:
+            raise InvalidInputError("CONSUL_CLIENT_KEY is the key of a certificate: set CONSUL_CLIENT_CERT, too")
+        return self
+
     @property
     def url(self) -> str:
-        """``scheme://host:port``."""
+        """``scheme://host:port``, or ``unix:///path``."""
+        if self.socket is not None:
+            return f"unix://{self.socket}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
 
@@ -172,20 +161,46 @@ class ServiceSettings(BaseSettings):
     Raises: pydantic.ValidationError, when a variable can't be right.
     """
 
-    model_config = SettingsConfigDict(env_prefix="SERVICE_", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SERVICE_", frozen=True, populate_by_name=True, hide_input_in_errors=True
+    )
 
     name: str
     port: int
     """The port that callers reach: the one given to uvicorn's ``--port``."""
+    scheme: Literal["http", "https"] = "http"
+    """How callers, Consul's check and our own probe speak to it."""
     address: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
     """Where callers reach this instance; unset: the address that this host uses to reach Consul."""
     tags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     meta: dict[str, str] = Field(default_factory=dict)
+    """Wins over what a registration says by itself: ``version``, ``metrics_path`` and ``secure``."""
+    version: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
+    """The version that is registered; unset: the FastAPI app's own."""
     weight: int = Field(default=1, ge=1, le=65535)
     drain_seconds: float = Field(default=1.5, ge=0, le=60)
     """How long the service goes on serving after it withdrew from Consul on SIGTERM."""
     health_check_interval: float = Field(default=10.0, ge=0.5, le=86_400)
     """Seconds between Consul's checks; three failures in a row take the instance out of discovery."""
+    health_check_path: str = "/health"
+    """Where the health router is: with a prefix, not ``/health``."""
+    health_check_headers: dict[str, SecretStr] = Field(default_factory=dict)
+    """What Consul and our own probe send along: a token, or the ``Host`` that the app insists on."""
+    health_check_tls_server_name: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
+    """The name in the service's certificate, which is hardly its address."""
+    health_check_tls_skip_verify: bool = False
+    """Whether Consul's check and our own probe take any certificate."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, ServiceEnvironment(settings_cls), dotenv_settings, file_secret_settings
 
     @field_validator("name")
     @classmethod
@@ -211,3 +226,19 @@ class ServiceSettings(BaseSettings):
     @classmethod
     def _meta(cls, meta: dict[str, str]) -> dict[str, str]:
         return check_meta(meta)
+
+    @field_validator("health_check_path")
+    @classmethod
+    def _health_check_path(cls, path: str) -> str:
+        return check_path(path)
+
+    @field_validator("health_check_headers")
+    @classmethod
+    def _health_check_headers(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        check_headers({name: value.get_secret_value() for name, value in headers.items()})
+        return headers
+
+    @field_validator("health_check_tls_server_name")
+    @classmethod
+    def _health_check_tls_server_name(cls, name: str | None) -> str | None:
+        return None if name is None else check_address(name)

@@ -11,8 +11,10 @@ from urllib.parse import unquote
 from registry.errors import InvalidInputError
 
 __all__ = [
+    "MAX_META",
     "check_address",
     "check_duration",
+    "check_headers",
     "check_id",
     "check_known_service",
     "check_meta",
@@ -23,12 +25,17 @@ __all__ = [
 ]
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
-_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*", re.IGNORECASE | re.ASCII)
+# What resolvers take: RFC 1123's names, with the underscores of Compose and Swarm, and the root's dot at the end.
+_HOST_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST = re.compile(rf"(?=.{{1,254}}\Z){_HOST_LABEL}(\.{_HOST_LABEL})*\.?", re.IGNORECASE | re.ASCII)
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~A-Za-z0-9-]{1,128}", re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9._:+=@-]{1,253}", re.ASCII)
 _META_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _DURATION = re.compile(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h))+", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 _MAX_PATH = 20_000
+MAX_META = 64
+"""Pairs of metadata that Consul takes for one instance."""
 _UNSAFE_IN_PATH = re.compile(r"[\x00-\x20\x7f\\#]")
 
 
@@ -73,9 +80,12 @@ def check_id(service_id: str) -> str:
 
 
 def check_tag(tag: str) -> str:
-    """The tag, if it is one printable word without a comma, at most 253. Raises: InvalidInputError."""
-    if not isinstance(tag, str) or not 1 <= len(tag) <= 253 or not tag.isprintable() or re.search(r"[\s,]", tag):
-        raise InvalidInputError(f"{tag!r} is not a tag: use a printable word without spaces or commas")
+    """The tag, if it is printable text, at most 4,096 characters; other tools read commas and spaces in it.
+
+    Raises: InvalidInputError.
+    """
+    if not isinstance(tag, str) or not 1 <= len(tag) <= 4096 or not tag.isprintable():
+        raise InvalidInputError(f"{tag!r} is not a tag: use printable text, at most 4,096 characters")
     return tag
 
 
@@ -84,8 +94,8 @@ def check_meta(meta: dict[str, str]) -> dict[str, str]:
 
     Source: https://developer.hashicorp.com/consul/api-docs/agent/service#meta
     """
-    if len(meta) > 64:
-        raise InvalidInputError(f"metadata has {len(meta)} pairs: Consul takes at most 64")
+    if len(meta) > MAX_META:
+        raise InvalidInputError(f"metadata has {len(meta)} pairs: Consul takes at most {MAX_META}")
     for key, value in meta.items():
         if not isinstance(key, str) or not _META_KEY.fullmatch(key):
             raise InvalidInputError(f"metadata key {key!r}: use letters, digits, - and _, at most 128 of them")
@@ -94,6 +104,19 @@ def check_meta(meta: dict[str, str]) -> dict[str, str]:
         if not isinstance(value, str) or not _is_text(value) or len(value.encode()) > 512:
             raise InvalidInputError(f"metadata value of {key!r}: pass a string of at most 512 bytes")
     return meta
+
+
+def check_headers(headers: dict[str, str]) -> dict[str, str]:
+    """The headers, if HTTP takes them; the message shows no value. Raises: InvalidInputError.
+
+    Source: https://www.rfc-editor.org/rfc/rfc9110#section-5.5
+    """
+    for name, value in headers.items():
+        if not isinstance(name, str) or not _HEADER.fullmatch(name):
+            raise InvalidInputError(f"{name!r} is not the name of a header, such as 'Authorization'")
+        if not isinstance(value, str) or not value.isascii() or not value.isprintable() or value != value.strip():
+            raise InvalidInputError(f"the header {name!r} holds line breaks or other characters that no header has")
+    return headers
 
 
 def check_port(port: int) -> int:
@@ -110,7 +133,11 @@ def check_address(address: str) -> str:
         parsed = ipaddress.ip_address(address if isinstance(address, str) and "%" not in address else "")
     except ValueError:
         # RFC 1123, 2.1: "the highest-level component label will be alphabetic", or '127.1' and '0' would be hosts.
-        if not isinstance(address, str) or not _HOST.fullmatch(address) or address.rpartition(".")[2].isdigit():
+        if (
+            not isinstance(address, str)
+            or not _HOST.fullmatch(address)
+            or address.rstrip(".").rpartition(".")[2].isdigit()
+        ):
             raise InvalidInputError(
                 f"{address!r} is not an address: pass an IP address or a host name, without scheme, port or path"
             ) from None

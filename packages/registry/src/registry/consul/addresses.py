@@ -13,7 +13,7 @@ def is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
-        return address.lower() == "localhost"
+        return address.lower().removesuffix(".") == "localhost"
 
 
 def is_ours(address: str) -> bool:

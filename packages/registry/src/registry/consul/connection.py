@@ -1,6 +1,6 @@
 """One way to Consul: py-consul's endpoints over an httpx client, sync or async, and its errors in our words."""
 
-import ssl
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +17,8 @@ from consul.exceptions import (
     NotFound,
 )
 
-from registry.errors import InvalidInputError, RegistryError, RegistryUnavailableError
+from registry.consul.tls import tls_advice, tls_context
+from registry.errors import RegistryError, RegistryUnavailableError
 from registry.settings import ConsulSettings
 
 __all__ = ["AsyncConsul", "SyncConsul", "UnprovenEmptyError", "consul_errors"]
@@ -42,9 +43,11 @@ def consul_errors(settings: ConsulSettings) -> Iterator[None]:
         raise RegistryError(f"{where} refused the request: {brief(error)}") from error
     except (ClientError, ConsulException) as error:
         raise RegistryUnavailableError(f"{where} answered with an error: {brief(error)}") from error
-    except httpx.TransportError as error:
+    except (httpx.TransportError, OSError) as error:  # an alert of TLS may come as it is
         what = str(error) or type(error).__name__
-        raise RegistryUnavailableError(f"{where} can't be reached: {what}; is it running?") from error
+        advice = tls_advice(error)
+        how = f"can't be asked: {what}; {advice}" if advice else f"can't be reached: {what}; is it running?"
+        raise RegistryUnavailableError(f"{where} {how}") from error
     except httpx.DecodingError as error:
         raise RegistryUnavailableError(f"{where} sent a broken answer: {error}") from error
 
@@ -66,20 +69,13 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
 
     def __init__(self, settings: ConsulSettings) -> None:
         super().__init__(settings.host, settings.port, settings.scheme)
-        self.base_uri = settings.url
+        self.base_uri = settings.url if settings.socket is None else f"{settings.scheme}://localhost"
         self.settings = settings
 
     def options(self) -> dict[str, Any]:
-        verify: ssl.SSLContext | bool = False
-        if self.settings.scheme == "https":
-            try:
-                verify = ssl.create_default_context(cafile=self.settings.ca_file)
-            except OSError as error:
-                raise InvalidInputError(
-                    f"CONSUL_CACERT {self.settings.ca_file} holds no certificates that can be read ({error})"
-                ) from error
+        auth = self.settings.auth.get_secret_value().partition(":") if self.settings.auth else None
         return {
-            "verify": verify,
+            "auth": (auth[0], auth[2]) if auth else None,
             "timeout": self.settings.timeout,
             "trust_env": False,  # a proxy for the outside world is none for the agent beside us
         }
@@ -87,6 +83,12 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
     def uri(self, path: str, params: Params = None) -> str:
         """As py-consul's, but what is percent-encoded stays as it is: a service's name may hold a slash."""
         return f"{self.base_uri}{quote(path, safe='/:%')}{'?' if params else ''}{urlencode(params or ())}"
+
+    def transport_options(self) -> dict[str, Any]:
+        return {
+            "verify": tls_context(self.settings) if self.settings.scheme == "https" else False,
+            "uds": None if self.settings.socket is None else str(self.settings.socket),
+        }
 
     def request(self, method: str, path: str, params: Params, data: str | bytes = "") -> dict[str, Any]:
         query = list(params or ())
@@ -96,23 +98,27 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
         token = self.settings.read_token()
         headers = {"X-Consul-Token": token} if token else {}
         timeout = httpx.Timeout(self.settings.timeout)
-        wait = dict(query).get("wait")
-        if wait:
+        asked = dict(query).get("wait")
+        if asked:
+            wait = min(float(asked.removesuffix("s")), self.settings.wait)
+            query = [(name, f"{wait:g}s" if name == "wait" else value) for name, value in query]
             # "a small random amount of additional wait time is added ... up to wait / 16"
             # Source: https://developer.hashicorp.com/consul/api-docs/features/blocking
-            timeout.read = self.settings.timeout + float(wait.removesuffix("s")) * 17 / 16
+            timeout.read = self.settings.timeout + wait * 17 / 16
         return {
             "method": method,
             "url": self.uri(path, query),
             "content": data.encode() if isinstance(data, str) else data,
             "headers": headers,
             "timeout": timeout,
+            "extensions": {"sni_hostname": self.settings.tls_server_name} if self.settings.tls_server_name else {},
         }
 
     def answer(self, callback: Callback, answer: httpx.Response) -> Any:
         # Consul signs whatever it says. Without that, a 404 would read as "no such service", wherever it came from.
         if answer.status_code < 500 and not any(name.startswith("x-consul-") for name in answer.headers):
-            raise ConsulException(f"{answer.status_code} without Consul's headers: something else answers there")
+            said = " ".join(answer.text.split())[:200]
+            raise ConsulException(f"{answer.status_code} {said!r}, without the headers by which Consul is known")
         path, text = answer.request.url.path, answer.text.strip()
         if (path.startswith("/v1/health/service/") and text == "[]") or (
             path == "/v1/catalog/services" and text == "{}"
@@ -130,10 +136,25 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
 class _SyncRequests(_Requests):
     def __init__(self, settings: ConsulSettings) -> None:
         super().__init__(settings)
-        self.client = httpx.Client(**self.options())
+        self._connect()
+
+    def _connect(self) -> None:
+        self.pid = os.getpid()
+        self.client = httpx.Client(transport=httpx.HTTPTransport(**self.transport_options()), **self.options())
 
     def send(self, callback: Callback, **request: Any) -> Any:
+        if self.pid != os.getpid():
+            # Parent and child would read each other's answers from one socket. Not closed here: a thread that this
+            # process does not have may hold its lock.
+            self.inherited = self.client
+            self._connect()
         return self.answer(callback, self.client.request(**request))
+
+    def last(self, method: str, callback: Callback, path: str, params: Params = None) -> Any:
+        """A request that ends its connection: behind a load balancer, the next one may reach another agent."""
+        request = self.request(method, path, params)
+        request["headers"]["Connection"] = "close"
+        return self.send(callback, **request)
 
     def get(self, callback: Callback, path: str, params: Params = None, headers: Any = None, raw: bool = False) -> Any:
         return self.send(callback, **self.request("GET", path, params))
@@ -171,7 +192,9 @@ class _AsyncRequests(_SyncRequests):
     def __init__(self, settings: ConsulSettings) -> None:
         _Requests.__init__(self, settings)
         # A parked watch holds its connection: a pool limit would starve every call behind it.
-        self.async_client = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), **self.options())
+        limits = httpx.Limits(max_connections=None)
+        transport = httpx.AsyncHTTPTransport(limits=limits, **self.transport_options())
+        self.async_client = httpx.AsyncClient(transport=transport, **self.options())
 
     async def send(self, callback: Callback, **request: Any) -> Any:
         return self.answer(callback, await self.async_client.request(**request))

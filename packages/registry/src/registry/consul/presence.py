@@ -4,26 +4,23 @@ import asyncio
 import contextvars
 import logging
 import random
+from collections.abc import Mapping
 from contextlib import suppress
 
-import httpx
-from consul.callback import CB
-from consul.exceptions import NotFound
-
 from registry.consul.addresses import address_towards, is_loopback, is_ours
-from registry.consul.connection import AsyncConsul, consul_errors
-from registry.consul.health import parse_local_health
+from registry.consul.connection import AsyncConsul
+from registry.consul.entry import Entry
+from registry.consul.probe import Probe
 from registry.consul.registration import Registration
 from registry.consul.siblings import PAUSE, Siblings
 from registry.retry import Backoff
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.validation import check_meta
 
 __all__ = ["Registrar"]
 
 logger = logging.getLogger("registry")
 
-WAIT = 60
-"""Seconds that the agent parks the question whether it still knows us; it answers at once when it forgets."""
 WITHDRAW_TIMEOUT = 2.0
 """Seconds that a dead Consul may delay an exit."""
 PROBE_TIMEOUT = 1.0
@@ -41,14 +38,25 @@ class Registrar:
     It registers once the advertised address answers ``/health?instance=<id>`` with 200, as passing, so that callers
     find it at once; registers again when the agent forgot it, and anew when this host got another address; and tries
     for ever while Consul is away. Several processes may do so for the same instance (uvicorn's workers).
+
+    ``about``: metadata that the settings don't say otherwise, such as ``version``. Raises: InvalidInputError.
     """
 
-    def __init__(self, service: ServiceSettings, consul: ConsulSettings | None = None) -> None:
+    def __init__(
+        self,
+        service: ServiceSettings,
+        consul: ConsulSettings | None = None,
+        *,
+        about: Mapping[str, str] | None = None,
+    ) -> None:
         self._service = service
+        self._about = check_meta(dict(about or {}))
         self._settings = consul or ConsulSettings()
         self._consul = AsyncConsul(self._settings)
-        # A new connection for each probe, as a caller would make one.
-        self._probe = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+        self._entry = Entry(self._consul)
+        self._probe = Probe()
+        self._complaint: str | None = None
+        """What the last probe found wrong."""
         self._task: asyncio.Task[None] | None = None
         self._withdrawal: asyncio.Task[None] | None = None
         self._siblings = Siblings()
@@ -90,8 +98,10 @@ class Registrar:
     async def withdraw(self) -> None:
         """Takes this instance out of Consul: no caller finds it from now on. At most 2 s, raises nothing.
 
-        Unless another process serves it on: then it goes with the last one, be it this one. Once begun it is carried
-        through: cancelling a caller only ends his waiting, and later callers join in.
+        Unless another process serves it on: then it goes with the last one, be it this one. In maintenance, when no
+        caller finds it anyway, it stays in Consul, so that a restart does not end that; if none comes, Consul removes
+        it by its check. Once begun it is carried through: cancelling a caller only ends his waiting, and later callers
+        join in.
         """
         if self._withdrawal is None:
             self._withdrawal = asyncio.get_running_loop().create_task(
@@ -103,12 +113,8 @@ class Registrar:
         """Whether the advertised address answers as this instance right now. At most 1 s."""
         if self.registration is None:
             return False
-        url = f"http://{self.registration.instance.netloc}{self.registration.health_check_path}"
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT):
-                return (await self._probe.get(url)).status_code == httpx.codes.OK
-        except (TimeoutError, httpx.HTTPError):
-            return False
+        self._complaint = await self._probe.complaint(self.registration, PROBE_TIMEOUT)
+        return self._complaint is None
 
     async def aclose(self) -> None:
         """Withdraws, unless another process still serves this instance, and closes the connections. At most 3 s.
@@ -137,19 +143,25 @@ class Registrar:
                     limit.reschedule(asyncio.get_running_loop().time() + WITHDRAW_TIMEOUT)
                 self.withdrawn = True
                 if self.registration is not None and not self._siblings.taken_out:
-                    with consul_errors(self._settings):
-                        await self._consul.agent.service.deregister(self.registration.id)
-                    logger.info("deregistered", extra={"instance": self.instance_id})
+                    await self._remove(self.registration.id)
         except Exception as error:
             self.withdrawn = True
             logger.warning(
-                "could not deregister: Consul will notice by its checks",
-                extra={"instance": self.instance_id, "error": repr(error)},
+                "could not deregister, Consul will notice by its checks: %s",
+                str(error) or type(error).__name__,
+                extra={"instance": self.instance_id},
             )
         finally:
             await self._stop()
             self._siblings.close()
             self._settled.set()
+
+    async def _remove(self, service_id: str) -> None:
+        if await self._entry.is_in_maintenance(service_id):
+            logger.info("in maintenance: left in Consul for a restart", extra={"instance": service_id})
+        else:
+            await self._entry.remove(service_id)
+            logger.info("deregistered", extra={"instance": service_id})
 
     async def _stop(self) -> None:
         if self._task is not None:
@@ -174,10 +186,7 @@ class Registrar:
                 # Consul may be away for hours: the service runs on, and this task dies only by cancellation.
                 failures += 1
                 log = logger.warning if failures == 1 else logger.debug
-                log(
-                    "registration interrupted: trying on",
-                    extra={"instance": self.instance_id, "error": str(error)},
-                )
+                log("registration interrupted, trying on: %s", error, extra={"instance": self.instance_id})
                 await asyncio.sleep(self._backoff.delay(failures))
 
     async def _locate(self) -> Registration:
@@ -195,7 +204,7 @@ class Registrar:
 
     async def _describe(self) -> Registration:
         address = self._service.address or await address_towards(self._settings.host, self._settings.port)
-        return Registration.of(self._service, address)
+        return Registration.of(self._service, address, self._about)
 
     async def _until_answering(self, registration: Registration) -> None:
         loop = asyncio.get_running_loop()
@@ -204,25 +213,20 @@ class Registrar:
             if loop.time() - begun > SILENCE_BEFORE_WARNING and not warned:
                 warned = True
                 logger.warning(
-                    "the advertised address does not answer 200 as this instance: is every component healthy, "
-                    "uvicorn's --port SERVICE_PORT, its --host reachable, the health router included?",
+                    "the advertised address does not answer 200 as this instance (%s): is every component healthy, "
+                    "uvicorn's --port SERVICE_PORT, its --host reachable, the health router included, at "
+                    "SERVICE_HEALTH_CHECK_PATH? SERVICE_SCHEME and SERVICE_HEALTH_CHECK_HEADERS say how to ask it",
+                    self._complaint,
                     extra={"instance": registration.id, "address": registration.instance.netloc},
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 1.2, 0.5)
 
     async def _register(self, registration: Registration) -> None:
-        with consul_errors(self._settings):
-            known = await self._consul.http.get(parse_local_health, f"/v1/agent/health/service/id/{registration.id}")
-            if known is not None and known.status not in {"passing", "maintenance"}:
-                # "Status: passing" is ignored for a check that exists: left critical, it would stay so for a while.
-                # But an instance that somebody put into maintenance stays there.
-                await self._consul.agent.service.deregister(registration.id)
-            await self._consul.agent.service.register(**registration.arguments(passing=True))
-            for former in tuple(self._former):
-                with suppress(NotFound):
-                    await self._consul.agent.service.deregister(former)
-                self._former.discard(former)
+        await self._entry.write(registration)
+        for former in tuple(self._former):
+            await self._entry.remove(former)
+            self._former.discard(former)
         logger.info("registered", extra={"instance": registration.id, "address": registration.instance.netloc})
 
     async def _warn_of_loopback(self, registration: Registration) -> None:
@@ -237,8 +241,8 @@ class Registrar:
                 )
 
     async def _until_outdated(self, registration: Registration) -> None:
-        """Returns when the agent forgot it, or its address is gone. Raises as soon as the agent can't be asked."""
-        forgotten = asyncio.get_running_loop().create_task(self._until_forgotten(registration.id))
+        """Returns when the agent forgot it, or its address is gone. Raises when Consul refuses to say."""
+        forgotten = asyncio.get_running_loop().create_task(self._entry.until_forgotten(registration))
         try:
             while not forgotten.done() and not self._has_moved(registration):
                 await asyncio.wait({forgotten}, timeout=LOOK)
@@ -246,20 +250,3 @@ class Registrar:
                 forgotten.result()
         finally:
             forgotten.cancel()
-
-    async def _until_forgotten(self, service_id: str) -> None:
-        """Parks at the agent until it no longer knows the id, or may not. Raises as soon as it can't be asked."""
-        params: list[tuple[str, str]] = []
-        loop = asyncio.get_running_loop()
-        while True:
-            begun = loop.time()
-            with consul_errors(self._settings):
-                known = await self._consul.http.get(CB.json(), f"/v1/agent/service/{service_id}", params)
-            if known is None:
-                return
-            current = ("hash", known["ContentHash"])
-            if current in params and loop.time() - begun < WAIT:
-                # No news, and early: so answers an agent that is being stopped. The next one has our check as critical.
-                return
-            params = [current, ("wait", f"{WAIT}s")]
-            await asyncio.sleep(0.1)  # nor may an answer that comes at once, again and again, become a busy loop

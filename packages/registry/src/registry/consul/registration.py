@@ -1,7 +1,8 @@
 """What is written to Consul for one instance: the service entry and its health check."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 from consul import Check
@@ -9,8 +10,10 @@ from consul import Check
 from registry.model import Instance
 from registry.settings import ServiceSettings
 from registry.validation import (
+    MAX_META,
     check_address,
     check_duration,
+    check_headers,
     check_id,
     check_meta,
     check_path,
@@ -39,6 +42,11 @@ class Registration:
     health_check_interval: str = "10s"
     health_check_timeout: str = "5s"
     health_check_path: str = "/health"
+    health_check_headers: dict[str, str] = field(default_factory=dict, repr=False)
+    """May hold a token."""
+    scheme: Literal["http", "https"] = "http"
+    tls_server_name: str | None = None
+    tls_skip_verify: bool = False
     deregister_critical_service_after: str | None = "1m"
 
     def __post_init__(self) -> None:
@@ -50,27 +58,43 @@ class Registration:
             check_tag(tag)
         check_meta(self.meta)
         check_path(self.health_check_path)
+        check_headers(self.health_check_headers)
         check_duration(self.health_check_interval)
         check_duration(self.health_check_timeout)
         if self.deregister_critical_service_after is not None:
             check_duration(self.deregister_critical_service_after)
 
     @classmethod
-    def of(cls, service: ServiceSettings, address: str) -> Self:
-        """The instance that is reached at this address and keeps itself registered. Raises: InvalidInputError."""
+    def of(cls, service: ServiceSettings, address: str, about: Mapping[str, str] | None = None) -> Self:
+        """The instance that is reached at this address and keeps itself registered. Raises: InvalidInputError.
+
+        ``about``: metadata that the settings don't say otherwise, such as ``version``.
+        """
+        # "secure" is what Spring and others read.
+        said = {**(about or {}), "secure": "true" if service.scheme == "https" else "false"}
+        if service.version is not None:
+            said["version"] = service.version
+        if len(service.meta.keys() | said) > MAX_META:
+            said = {}
         registration = cls(
             name=service.name,
             address=address,
             port=service.port,
             tags=service.tags,
-            meta=service.meta,
+            meta={**said, **service.meta},
             weight=service.weight,
             health_check_interval=f"{service.health_check_interval:g}s",
             # A hung health endpoint blocks the whole agent for this long.
             health_check_timeout="2s",
+            health_check_path=service.health_check_path,
+            health_check_headers={n: value.get_secret_value() for n, value in service.health_check_headers.items()},
+            scheme=service.scheme,
+            tls_server_name=service.health_check_tls_server_name,
+            tls_skip_verify=service.health_check_tls_skip_verify,
         )
         # The check names the instance: a newcomer on a reused address must not keep a ghost alive.
-        path = f"{registration.health_check_path}?instance={quote(registration.id)}"
+        path = registration.health_check_path
+        path += f"{'&' if '?' in path else '?'}instance={quote(registration.id)}"
         return replace(registration, health_check_path=path)
 
     @property
@@ -81,14 +105,22 @@ class Registration:
     def instance(self) -> Instance:
         return Instance(self.id, self.name, self.address, self.port, self.tags, self.meta, self.weight)
 
+    @property
+    def health_check_url(self) -> str:
+        """What Consul and our own probe ask."""
+        return f"{self.scheme}://{self.instance.netloc}{self.health_check_path}"
+
     def arguments(self, passing: bool) -> dict[str, Any]:
         """Keyword arguments of py-consul's ``agent.service.register``; ``passing``: found at once, unchecked."""
         check = Check.http(
-            f"http://{self.instance.netloc}{self.health_check_path}",
+            self.health_check_url,
             self.health_check_interval,
             self.health_check_timeout,
             self.deregister_critical_service_after,
+            {name: [value] for name, value in self.health_check_headers.items()},
         )
+        if self.scheme == "https":
+            check |= {"TLSServerName": self.tls_server_name or "", "TLSSkipVerify": self.tls_skip_verify}
         check |= {
             "CheckID": f"service:{self.id}",
             "Name": f"{self.name} {self.health_check_path}",
