@@ -349,3 +349,59 @@ async def test_calls_that_timed_out_on_a_stopped_instance_are_never_executed(tmp
         process.terminate()
         await asyncio.to_thread(process.wait, 10)
     assert journal.read_text().split() == ["before", "after"]
+
+
+# -- clocks that differ ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behind", [-3_600.0, -5.0, 0.0, 5.0, 3_600.0])
+async def test_callers_clock_may_be_wrong(behind: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a caller's clock says, it has the time that it asked for, and its deadline reaches no further."""
+    service = Service("backend")
+
+    @service.app.get("/")
+    async def answer() -> dict[str, Any]:
+        return {"left": (context.deadline() or 0.0) - time.time()}
+
+    async with serving(service), httpx.AsyncClient(base_url=f"http://{service.instance.netloc}") as http:
+        monkeypatch.setattr(context, "_clocks", context.Clocks())
+        for _ in range(3):
+            headers = {DEADLINE_HEADER: f"{time.time() - behind + 2.0:.3f}; left=2.000"}
+            answered = await http.get("/", headers=headers)
+            assert answered.status_code == 200
+            assert 1.0 < answered.json()["left"] <= 2.5
+
+
+def test_queue_is_told_from_a_clock() -> None:
+    """A request that waited is late for its caller, whose other requests came in time; a clock is always off."""
+    clocks, now = context.Clocks(), 1_700_000_000.0
+    for behind in (0.0, 100.0):
+        caller = f"10.0.0.{behind:g}"
+        for waited in (0.01, 0.2, 20.0, 0.01, 20.0):
+            now += 60.0
+            sent = now - waited
+            stamp = sent - behind + 2.0
+            assert (clocks.ours(stamp, 2.0, caller, now) > now) is (waited < 2.0)
+
+
+def test_clock_that_was_set_right_is_believed_again() -> None:
+    """A caller whose clock was an hour behind and is right now is not given an hour."""
+    clocks, now = context.Clocks(), 1_700_000_000.0
+    clocks.ours(now - 3_600.0 + 2.0, 2.0, "a", now)
+    assert clocks.ours(now + 1 + 2.0, 2.0, "a", now + 1) == now + 3.0
+
+
+async def test_front_door_takes_no_deadline_from_strangers() -> None:
+    """With ``inherit=False`` neither a tiny deadline nor a retry marker from outside does anything."""
+    service = Service("backend")
+    service.app.user_middleware.clear()
+    service.app.add_middleware(RegistryMiddleware, inherit=False)
+
+    @service.app.get("/")
+    async def answer() -> dict[str, Any]:
+        return {"deadline": context.deadline(), "is_retry": context.is_retry()}
+
+    async with serving(service), httpx.AsyncClient(base_url=f"http://{service.instance.netloc}") as http:
+        answered = await http.get("/", headers={DEADLINE_HEADER: f"{time.time() - 5:.3f}", RETRY_HEADER: "2"})
+    assert answered.json() == {"deadline": None, "is_retry": False}
+    assert answered.headers["X-Service-Instance"] == "backend-1"

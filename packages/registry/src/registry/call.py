@@ -99,7 +99,7 @@ class Call:
         """Begins an attempt: its number, 1-based, and what it says beside the caller's own headers."""
         self.attempt += 1
         self.tried.append(endpoint)
-        headers = {} if self._deadline == math.inf else {context.DEADLINE_HEADER: f"{self._deadline:.3f}"}
+        headers = {} if self._deadline == math.inf else {context.DEADLINE_HEADER: context.said(self._deadline)}
         if self.seen:
             headers[context.RETRY_HEADER] = str(self.attempt)
         return self.attempt, headers

@@ -5,22 +5,33 @@
 
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Iterable
 from contextvars import ContextVar
 
-__all__ = ["DEADLINE_HEADER", "RETRY_HEADER", "Inherited", "deadline", "inherited", "is_retry", "read"]
+__all__ = [
+    "DEADLINE_HEADER",
+    "RETRY_HEADER",
+    "Clocks",
+    "Inherited",
+    "deadline",
+    "inherited",
+    "is_retry",
+    "read",
+    "said",
+]
 
 DEADLINE_HEADER = "X-Request-Deadline"
-"""Unix time, in seconds with a fraction, after which nobody waits for the answer.
+"""Unix time, in seconds with a fraction, after which nobody waits for the answer; ``; left=``: seconds until then.
 
-A point in time and not a duration, because a request can wait unseen in the queue of a stopped process; so the clocks
-of machines that call each other must agree to well within their time-outs.
+A point in time and not only a duration, because a request can wait unseen in the queue of a stopped process. What was
+left when it was sent tells how far the caller's clock is from ours: `Clocks`.
 """
 RETRY_HEADER = "X-Retry-Attempt"
 """The number of the attempt, from 2 on; said once an earlier one may have been executed."""
 
 _DEADLINE, _RETRY = DEADLINE_HEADER.lower().encode(), RETRY_HEADER.lower().encode()
-_STAMP = re.compile(rb"[0-9]{1,15}(\.[0-9]{1,9})?")
+_STAMP = re.compile(rb"([0-9]{1,15}(?:\.[0-9]{1,9})?)(?:; *left=([0-9]{1,9}(?:\.[0-9]{1,9})?))?")
 _ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,3}")
 _EARLIEST = 1e9
 _AHEAD = 86_400.0
@@ -38,6 +49,36 @@ class Inherited:
         """Whether calls on its behalf must not be multiplied again."""
 
 
+class Clocks:
+    """How far the clocks of callers are from ours, as far as their requests tell; for those that are far off.
+
+    A request comes late by its way, by its time in a queue, and by how far its caller's clock is behind. The least of
+    a caller's requests shows the last of these, a queue delays only some. The first request of a caller can't be told
+    from one that waited: it gets the time that it says is left.
+    """
+
+    _AGREE = 0.5
+    """Seconds that clocks may differ without being corrected: the way of a request, and a short queue, are as long."""
+    _DRIFT = 0.001
+    """Seconds by which a clock may change in a second, so that one that was set right is believed again."""
+    _MOST = 1_024
+
+    def __init__(self) -> None:
+        self._behind: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def ours(self, stamp: float, left: float, caller: str, now: float) -> float:
+        """The caller's point in time by our clock."""
+        behind = now - (stamp - left)
+        known, since = self._behind.pop(caller, (behind, now))
+        behind = min(behind, known + self._DRIFT * max(0.0, now - since))
+        self._behind[caller] = behind, now
+        if len(self._behind) > self._MOST:
+            self._behind.popitem(last=False)
+        return stamp + (behind if abs(behind) > self._AGREE else 0.0)
+
+
+_clocks = Clocks()
+
 inherited: ContextVar[Inherited | None] = ContextVar("inherited", default=None)
 """Set while a request is served."""
 
@@ -54,8 +95,15 @@ def is_retry() -> bool:
     return request is not None and request.is_retry
 
 
-def read(headers: Iterable[tuple[bytes, bytes]]) -> Inherited:
+def said(deadline: float) -> str:
+    """The header's value for a point in time by our clock."""
+    return f"{deadline:.3f}; left={max(0.0, deadline - time.time()):.3f}"
+
+
+def read(headers: Iterable[tuple[bytes, bytes]], caller: str = "") -> Inherited:
     """The deadline and whether it is a retry, from a request's headers, whose names are in lower case.
+
+    ``caller``: the address that it comes from, by whose clock the deadline is meant.
 
     None stands for no deadline, and for one that no caller can mean: a duration in place of a time, milliseconds, or a
     time more than a day ahead.
@@ -63,8 +111,17 @@ def read(headers: Iterable[tuple[bytes, bytes]]) -> Inherited:
     found = Inherited(None, False)
     for name, value in headers:
         if name == _DEADLINE:
-            stamp = float(value) if _STAMP.fullmatch(value) else 0.0
-            found.deadline = stamp if _EARLIEST <= stamp <= time.time() + _AHEAD else None
+            found.deadline = _ours(value, caller)
         elif name == _RETRY:
             found.is_retry = _ATTEMPT.fullmatch(value) is not None
     return found
+
+
+def _ours(value: bytes, caller: str) -> float | None:
+    said, now = _STAMP.fullmatch(value), time.time()
+    if said is None or float(said[1]) < _EARLIEST:
+        return None
+    stamp = float(said[1])
+    if said[2] is not None:
+        stamp = _clocks.ours(stamp, float(said[2]), caller, now)
+    return stamp if stamp <= now + _AHEAD else None

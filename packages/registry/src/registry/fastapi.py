@@ -99,21 +99,23 @@ class RegistryMiddleware:
     While the instance drains, also ``Connection: close``: no caller keeps a connection that is about to be cut.
     A request whose deadline has passed is answered 504 at once, and the app never sees it. The deadline and the retry
     marker hold for the calls that a ServiceDiscoveryClient makes on the request's behalf: the deadline until its answer
-    begins, the marker until it is whole.
+    begins, the marker until it is whole. ``inherit=False``, for a front door whose callers are strangers: both headers
+    are ignored.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, inherit: bool = True) -> None:
         self._app = app
+        self._serve: ASGIApp = partial(_within_deadline, app) if inherit else app
         self._outermost: Scope = {}
         """The scope of the lifespan, if this stands around the app, which then puts itself into it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and "app" in scope:
-            await _within_deadline(self._app, scope, receive, send)
+            await self._serve(scope, receive, send)
             return
         if scope["type"] == "http":
             scope[ROOT] = self._outermost.get("app")
-            await _sign(partial(_within_deadline, self._app), scope, receive, send)
+            await _sign(self._serve, scope, receive, send)
             return
         if scope["type"] != "lifespan" or "app" not in scope:
             if scope["type"] == "lifespan":
@@ -131,7 +133,7 @@ class RegistryMiddleware:
 
 
 async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    imposed = context.read(scope["headers"])
+    imposed = context.read(scope["headers"], (scope.get("client") or ("",))[0])
     if imposed.deadline is not None and imposed.deadline <= time.time():
         # Whoever asked has gone: an instance that was stopped must not work off what queued up meanwhile.
         late = f"the deadline in {context.DEADLINE_HEADER} passed {time.time() - imposed.deadline:.3f} s ago"

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import httpx
@@ -17,7 +18,7 @@ from registry.resolver import Resolver
 from registry.retry import RetryPolicy
 from registry.sender import H11Sender, HttpxSender, Sender
 from registry.upstream import Explanation, Upstream
-from registry.validation import check_known_service
+from registry.validation import check_known_service, check_service
 
 __all__ = ["DiscoveryTransport"]
 
@@ -72,7 +73,10 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         """What ``handle_async_request`` does, on terms that a request can't carry."""
         if request.url.port is not None:
             raise InvalidInputError(f"{str(request.url)!r} names a port: leave it out, the registry knows it")
-        upstream = self._upstream(terms.service or request.url.raw_host.decode("ascii"), terms.tag)
+        host = request.url.raw_host.decode("ascii")
+        upstream = self._upstream(
+            terms.service or host, terms.tag, check_known_service if terms.service else check_service
+        )
         upstream.budget.deposit()
         call = Call(request, upstream, terms)
         if call.left() <= 0:
@@ -196,11 +200,11 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
                 if isinstance(lost, tuple) and isinstance(lost[0], httpx.Response):
                     await lost[0].aclose()
 
-    def _upstream(self, service: str, tag: str | None) -> Upstream:
+    def _upstream(self, service: str, tag: str | None, check: Callable[[str], str] = check_known_service) -> Upstream:
         service = service.lower()
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
-            check_known_service(service)
+            check(service)
             upstream = Upstream(self._resolver, Pool(service, named_pick(self._policy)), tag)
             self._upstreams = {key: known for key, known in self._upstreams.items() if known.pool.knows_any}
             self._upstreams[service, tag] = upstream
