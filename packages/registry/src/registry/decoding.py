@@ -12,8 +12,7 @@ __all__ = ["unpacked"]
 
 _PIECE = 65_536
 """Bytes that are unpacked at a time."""
-_SLICES = {"br": 16}
-_SLICE = 256
+_SLICES = {"br": 16, "zstd": 256}
 """Bytes given at a time to a decoder whose output can't be limited: the most they stand for is some 10 MB."""
 _LAYERS = 4
 
@@ -47,7 +46,7 @@ def _decoded(response: httpx.Response, packed: bytes) -> Iterator[bytes]:
     for coding in reversed(codings):
         if coding in {"gzip", "deflate"}:
             pieces = _inflated(pieces, coding)
-        elif coding != "identity":
+        elif coding in _SLICES:
             pieces = _foreign(pieces, coding)
     return pieces
 
@@ -75,10 +74,10 @@ def _inflated(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
 
 
 def _foreign(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
-    """Brotli and zstandard, where httpx finds their libraries; what it has no decoder for stays as it is."""
+    """Brotli and zstandard, where httpx finds their libraries; else it stays as it is."""
     decoding = httpx.Response(200, headers={"Content-Encoding": coding})
     decoder = decoding._get_content_decoder()  # noqa: SLF001  # no public way takes less than a whole body
-    size = _SLICES.get(coding, _SLICE)
+    size = _SLICES[coding]
     for piece in pieces:
         for at in range(0, len(piece), size):
             yield from _as_pieces(decoder.decode(piece[at : at + size]))
