@@ -9,10 +9,10 @@ import httpx
 
 from benchmarks.clients import PATH, Target
 from registry import ConsulResolver, ConsulSettings, Instance, ServiceDiscoveryClient, StaticResolver
-from registry.balancing import Endpoint, power_of_two_choices
-from registry.pool import Pool
+from registry.discovery.balancing import Endpoint, power_of_two_choices
+from registry.discovery.pool import Pool
+from registry.discovery.upstream import Upstream
 from registry.testing.server import Answer, Request, recording_server
-from registry.upstream import Upstream
 
 __all__ = ["consul_requests", "pick_microseconds"]
 

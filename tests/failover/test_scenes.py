@@ -5,7 +5,7 @@ Times are asserted only where the promise is a time. `pytest -s` shows what was 
 
 import pytest
 
-from registry import balancing, pool
+from registry.discovery import balancing, pool
 from registry.testing.fixtures import ConsulAgent
 from tests.failover import scenes
 from tests.failover.scenes import Absence, ConsulFault, Outage, Scene, Sickness

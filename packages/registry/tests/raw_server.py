@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from registry import Instance
-from registry.options import ConnectionOptions
-from registry.sender import H11Sender, Sender
+from registry.discovery.options import ConnectionOptions
+from registry.discovery.sender import H11Sender, Sender
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry import Instance
-from registry.balancing import (
+from registry.discovery.balancing import (
     DECAY,
     MAX_PEAKS,
     Candidates,
@@ -22,9 +22,9 @@ from registry.balancing import (
     random_choice,
     round_robin,
 )
-from registry.blame import Failure
+from registry.discovery.blame import Failure
+from registry.discovery.pool import Pool
 from registry.errors import InvalidInputError
-from registry.pool import Pool
 
 FORGET = 8 * DECAY * 2**MAX_PEAKS
 """Seconds after which nothing is left of a latency, however often it was seen."""

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry import ConnectionOptions, ResponseTooLargeError, ServiceDiscoveryClient, StaticResolver, blame
-from registry.blame import Blame, Failure, judge
+from registry import ConnectionOptions, ResponseTooLargeError, ServiceDiscoveryClient, StaticResolver
+from registry.discovery import blame
+from registry.discovery.blame import Blame, Failure, judge
 from tests.support.raw import OK, Handler, raw_servers
 
 NOT_SENT, SENT, FINAL = Failure.NOT_SENT, Failure.SENT, Failure.FINAL

@@ -29,10 +29,10 @@ from packages.registry.tests.raw_server import (
     until,
 )
 from registry import Instance, ServiceDiscoveryClient, StaticResolver
-from registry.blame import Blame, Failure, Verdict, judge
-from registry.connections import Connections
-from registry.options import ConnectionOptions
-from registry.sender import H11Sender
+from registry.discovery.blame import Blame, Failure, Verdict, judge
+from registry.discovery.connections import Connections
+from registry.discovery.options import ConnectionOptions
+from registry.discovery.sender import H11Sender
 from registry.testing.ports import free_ports
 from registry.testing.server import Serve
 

@@ -19,8 +19,9 @@ import uvicorn
 from fastapi import BackgroundTasks, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from registry import Instance, ServiceDiscoveryClient, StaticResolver, context
-from registry.context import DEADLINE_HEADER, RETRY_HEADER
+from registry import Instance, ServiceDiscoveryClient, StaticResolver
+from registry.discovery import context
+from registry.discovery.context import DEADLINE_HEADER, RETRY_HEADER
 from registry.fastapi import DiscoveryClient, RegistryMiddleware
 from registry.testing.command import wait_until
 

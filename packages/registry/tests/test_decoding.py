@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from packages.registry.tests.raw_server import answering, attempt, open_sender, raw_server
 from registry import ServiceDiscoveryClient, StaticResolver
-from registry.decoding import unpacked
+from registry.discovery.decoding import unpacked
+from registry.discovery.options import ConnectionOptions
 from registry.errors import ResponseTooLargeError
 from registry.model import Instance
-from registry.options import ConnectionOptions
 
 TEXT = b"cards " * 50_000
 MEGABYTE = 1_048_576

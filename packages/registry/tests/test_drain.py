@@ -14,7 +14,7 @@ from typing import Self
 import pytest
 
 from registry import ConsulResolver, ConsulSettings, Registrar, ServiceDiscoveryClient, ServiceSettings
-from registry.drain import DrainOnSigterm
+from registry.presence.drain import DrainOnSigterm
 from registry.testing.command import ServiceProcess, found, running_service, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.instances import RunningInstance, received

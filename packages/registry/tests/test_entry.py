@@ -23,8 +23,8 @@ from registry import (
     ServiceSettings,
 )
 from registry.consul.connection import AsyncConsul
-from registry.consul.entry import Entry
-from registry.consul.registration import Registration
+from registry.presence.entry import Entry
+from registry.presence.registration import Registration
 from registry.testing.agent import ConsulAgent
 from registry.testing.command import wait_until
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.plain import Answer, plain_answer, plain_request
+from registry.discovery.plain import Answer, plain_answer, plain_request
 
 ROUNDS = 3_000
 

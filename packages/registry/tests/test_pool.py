@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from registry import Instance, NoHealthyInstanceError
-from registry.balancing import Endpoint
-from registry.blame import Failure
-from registry.pool import (
+from registry.discovery.balancing import Endpoint
+from registry.discovery.blame import Failure
+from registry.discovery.pool import (
     DOUBT,
     EJECTION,
     FAILURES_TO_EJECT,
@@ -521,7 +521,7 @@ def known_endpoints() -> int:
 
 def test_memory_is_bounded_over_many_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand changes that replace every instance within a minute: no more is remembered than was meant to be."""
-    monkeypatch.setattr("registry.pool.MAX_GONE", 500)
+    monkeypatch.setattr("registry.discovery.pool.MAX_GONE", 500)
     before, pool = known_endpoints(), Pool("cards", clock=Clock())
     for change in range(1_000):
         pool.update(tuple(Instance(f"i{change}-{n}", "cards", "10.0.0.1", 1 + n) for n in range(50)))

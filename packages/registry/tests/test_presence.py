@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from registry import ConsulSettings, Registrar, ServiceRegistry, ServiceSettings
-from registry.consul import presence
-from registry.consul.addresses import is_loopback, is_ours
+from registry.presence import registrar as presence
+from registry.presence.addresses import is_loopback, is_ours
 from registry.testing.command import ServiceProcess, found, running_service, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
 

@@ -13,9 +13,9 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from registry import ConsulSettings, ServiceRegistry, ServiceSettings
-from registry.consul.probe import Probe
-from registry.consul.registration import Registration
 from registry.fastapi import health_router, lifespan
+from registry.presence.probe import Probe
+from registry.presence.registration import Registration
 from registry.testing.agent import ConsulAgent, running_agent
 from registry.testing.command import found, wait_until
 from registry.testing.ports import free_ports

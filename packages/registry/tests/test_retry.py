@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry import RetryPolicy
-from registry.blame import Failure
-from registry.retry import Backoff, RetryBudget, is_idempotent, retry_after
+from registry.backoff import Backoff
+from registry.discovery.blame import Failure
+from registry.discovery.retry import RetryBudget, is_idempotent, retry_after
 
 NOT_SENT, SENT, FINAL = Failure.NOT_SENT, Failure.SENT, Failure.FINAL
 

@@ -33,10 +33,10 @@ from packages.registry.tests.raw_server import (
     until,
 )
 from registry import DiscoveryTransport, Instance, ServiceDiscoveryClient, StaticResolver
-from registry.blame import Blame, Failure, Verdict, judge
+from registry.discovery.blame import Blame, Failure, Verdict, judge
+from registry.discovery.options import ConnectionOptions
+from registry.discovery.sender import H11Sender, HttpxSender
 from registry.errors import ResponseTooLargeError
-from registry.options import ConnectionOptions
-from registry.sender import H11Sender, HttpxSender
 from registry.testing.ports import free_ports
 
 

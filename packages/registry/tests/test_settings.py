@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from registry import ConsulSettings, InvalidInputError, RegistryError, ServiceRegistry, ServiceSettings, environment
-from registry.consul.registration import Registration
+from registry.presence.registration import Registration
 from registry.testing.server import Answer, Serve
 
 TOKEN = "5ecret-token-0f-this-test"

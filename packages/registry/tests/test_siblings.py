@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from registry.consul.siblings import Siblings
+from registry.presence.siblings import Siblings
 
 JOINED = """
 import asyncio, time
-from registry.consul.siblings import Siblings
+from registry.presence.siblings import Siblings
 siblings = Siblings()
 asyncio.run(siblings.join("cards-1"))
 print("joined", flush=True)

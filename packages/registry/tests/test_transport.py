@@ -18,10 +18,10 @@ from registry import (
     ServiceDiscoveryClient,
     ServiceNotFoundError,
     StaticResolver,
-    context,
 )
-from registry.balancing import Candidates, Endpoint
-from registry.blame import Failure
+from registry.discovery import context
+from registry.discovery.balancing import Candidates, Endpoint
+from registry.discovery.blame import Failure
 from registry.model import Snapshot
 from registry.testing.server import Answer, Request, Serve
 
@@ -150,7 +150,7 @@ async def test_back_off_comes_once_all_were_asked(monkeypatch: pytest.MonkeyPatc
         slept.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr("registry.transport.asyncio.sleep", note)
+    monkeypatch.setattr("registry.discovery.transport.asyncio.sleep", note)
     fleet = Fleet("ab")
     fleet.does = dict.fromkeys("ab", status(503))
     async with fleet.client(retry=RetryPolicy(5, retry_delay=1.0)) as client:

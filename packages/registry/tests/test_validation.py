@@ -24,7 +24,7 @@ from registry import (
     ServiceSettings,
     StaticResolver,
 )
-from registry.consul.registration import Registration
+from registry.presence.registration import Registration
 from registry.testing.server import Answer, RecordingServer, Serve, recording_server
 from registry.validation import (
     check_address,

@@ -1,8 +1,11 @@
 """A service registry for FastAPI on Consul: register, discover, call, and never notice that an instance died."""
 
 from registry.client import ServiceDiscoveryClient
-from registry.consul.presence import Registrar
 from registry.consul.resolver import ConsulResolver
+from registry.discovery.options import ConnectionOptions
+from registry.discovery.resolver import Resolver, StaticResolver
+from registry.discovery.retry import RetryPolicy
+from registry.discovery.transport import DiscoveryTransport
 from registry.errors import (
     InvalidInputError,
     NoHealthyInstanceError,
@@ -12,12 +15,9 @@ from registry.errors import (
     ServiceNotFoundError,
 )
 from registry.model import Instance, ServiceHealth, Snapshot
-from registry.options import ConnectionOptions
-from registry.resolver import Resolver, StaticResolver
-from registry.retry import RetryPolicy
+from registry.presence.registrar import Registrar
 from registry.service_registry import ServiceRegistry
 from registry.settings import ConsulSettings, ServiceSettings
-from registry.transport import DiscoveryTransport
 
 __all__ = [
     "ConnectionOptions",

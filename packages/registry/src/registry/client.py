@@ -11,15 +11,15 @@ from typing import Any, Protocol, Self, runtime_checkable
 import httpx
 from httpx._types import HeaderTypes
 
-from registry.balancing import Pick
-from registry.call import Terms
+from registry.discovery.balancing import Pick
+from registry.discovery.call import Terms
+from registry.discovery.options import ConnectionOptions
+from registry.discovery.redirects import Way
+from registry.discovery.resolver import Resolver
+from registry.discovery.retry import RetryPolicy
+from registry.discovery.transport import DiscoveryTransport
+from registry.discovery.upstream import Explanation
 from registry.errors import InvalidInputError
-from registry.options import ConnectionOptions
-from registry.redirects import Way
-from registry.resolver import Resolver
-from registry.retry import RetryPolicy
-from registry.transport import DiscoveryTransport
-from registry.upstream import Explanation
 from registry.validation import check_known_service, check_path, check_service, check_tag
 
 __all__ = ["ServiceDiscoveryClient"]

@@ -12,13 +12,13 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry import context
 from registry.client import ServiceDiscoveryClient
-from registry.consul.presence import Registrar
 from registry.consul.resolver import ConsulResolver
-from registry.drain import DrainOnSigterm
+from registry.discovery import context
 from registry.errors import InvalidInputError
-from registry.health import ROOT, Check, find_state, health_router
+from registry.presence.drain import DrainOnSigterm
+from registry.presence.health import ROOT, Check, find_state, health_router
+from registry.presence.registrar import Registrar
 from registry.settings import ConsulSettings, ServiceSettings
 
 __all__ = ["Check", "DiscoveryClient", "RegistryMiddleware", "health_router", "lifespan", "refuse_invalid_request"]

@@ -9,12 +9,12 @@ from typing import Literal, Self
 from consul.callback import CB
 
 from registry.consul.connection import SyncConsul, UnprovenEmptyError, consul_errors
-from registry.consul.entry import ATTEMPTS, holders, parse_nodes, take_out
 from registry.consul.health import health_path, parse_listing, parse_local_health, right_path, tell_left_out
-from registry.consul.registration import Registration
 from registry.consul.resolver import ConsulResolver
 from registry.errors import InvalidInputError, RegistryError, RegistryUnavailableError
 from registry.model import Instance, LeftOut, ServiceHealth
+from registry.presence.entry import ATTEMPTS, holders, parse_nodes, take_out
+from registry.presence.registration import Registration
 from registry.settings import ConsulSettings
 from registry.validation import check_id, check_known_service, check_tag
 

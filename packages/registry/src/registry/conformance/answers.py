@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 
 from registry.conformance.subject import SIGNATURE, Shortfall, Subject
-from registry.context import DEADLINE_HEADER
+from registry.discovery.context import DEADLINE_HEADER
 
 __all__ = ["components", "deadline", "health", "no_ghost", "signed"]
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from consul.callback import CB
 
+from registry.backoff import Backoff
 from registry.consul.connection import AsyncConsul, UnprovenEmptyError, consul_errors
 from registry.consul.departures import Departures
 from registry.consul.health import Listing, health_path, parse_listing, right_path, tell_left_out
@@ -21,7 +22,6 @@ from registry.errors import (
     ServiceNotFoundError,
 )
 from registry.model import LeftOut, Snapshot, View
-from registry.retry import Backoff
 
 __all__ = ["Watch"]
 

@@ -17,8 +17,8 @@ from typing import Literal
 
 import httpx
 
-from registry.consul.registration import FAILURES_BEFORE_CRITICAL
 from registry.model import Instance
+from registry.presence.registration import FAILURES_BEFORE_CRITICAL
 from registry.testing.agent import ConsulAgent
 from registry.testing.stats import Stats, read_journals
 

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterable, AsyncIterator, Mapping
 import h11
 import httpx
 
+from registry.discovery.options import ConnectionOptions
+from registry.discovery.plain import Answer, plain_answer, plain_request
 from registry.errors import ResponseTooLargeError
-from registry.options import ConnectionOptions
-from registry.plain import Answer, plain_answer, plain_request
 
 __all__ = ["Exchange"]
 

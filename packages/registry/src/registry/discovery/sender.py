@@ -9,14 +9,14 @@ from typing import Protocol
 
 import httpx
 
-from registry.connection import Connection
-from registry.connections import Connections, Origin
-from registry.decoding import unpacked
+from registry.discovery.connection import Connection
+from registry.discovery.connections import Connections, Origin
+from registry.discovery.decoding import unpacked
+from registry.discovery.http11 import Exchange
+from registry.discovery.options import ConnectionOptions
+from registry.discovery.plain import Answer
 from registry.errors import ResponseTooLargeError
-from registry.http11 import Exchange
 from registry.model import Instance
-from registry.options import ConnectionOptions
-from registry.plain import Answer
 
 __all__ = ["H11Sender", "HttpxSender", "Sender"]
 

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from registry.balancing import Endpoint
+from registry.discovery.balancing import Endpoint
+from registry.discovery.pool import Pool
+from registry.discovery.resolver import Resolver
+from registry.discovery.retry import RetryBudget
 from registry.errors import RegistryError, RegistryUnavailableError
 from registry.model import LeftOut, View
-from registry.pool import Pool
-from registry.resolver import Resolver
-from registry.retry import RetryBudget
 
 __all__ = ["EndpointState", "Explanation", "Upstream"]
 

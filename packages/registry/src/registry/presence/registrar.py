@@ -7,13 +7,13 @@ import random
 from collections.abc import Mapping
 from contextlib import suppress
 
-from registry.consul.addresses import address_towards, is_loopback, is_ours
+from registry.backoff import Backoff
 from registry.consul.connection import AsyncConsul
-from registry.consul.entry import Entry
-from registry.consul.probe import Probe
-from registry.consul.registration import Registration
-from registry.consul.siblings import PAUSE, Siblings
-from registry.retry import Backoff
+from registry.presence.addresses import address_towards, is_loopback, is_ours
+from registry.presence.entry import Entry
+from registry.presence.probe import Probe
+from registry.presence.registration import Registration
+from registry.presence.siblings import PAUSE, Siblings
 from registry.settings import ConsulSettings, ServiceSettings
 from registry.validation import check_meta
 

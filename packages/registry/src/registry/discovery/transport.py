@@ -8,16 +8,16 @@ from typing import NoReturn
 
 import httpx
 
-from registry.balancing import Endpoint, Pick, named_pick
-from registry.blame import Blame, Failure
-from registry.call import Call, Outcome, Terms
+from registry.discovery.balancing import Endpoint, Pick, named_pick
+from registry.discovery.blame import Blame, Failure
+from registry.discovery.call import Call, Outcome, Terms
+from registry.discovery.options import ConnectionOptions
+from registry.discovery.pool import Pool
+from registry.discovery.resolver import Resolver
+from registry.discovery.retry import RetryPolicy
+from registry.discovery.sender import H11Sender, HttpxSender, Sender
+from registry.discovery.upstream import Explanation, Upstream
 from registry.errors import InvalidInputError, RegistryError
-from registry.options import ConnectionOptions
-from registry.pool import Pool
-from registry.resolver import Resolver
-from registry.retry import RetryPolicy
-from registry.sender import H11Sender, HttpxSender, Sender
-from registry.upstream import Explanation, Upstream
 from registry.validation import check_known_service, check_service
 
 __all__ = ["DiscoveryTransport"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import httpx
 
-from registry import context
-from registry.balancing import Endpoint
-from registry.blame import Blame, Verdict, judge
-from registry.retry import is_idempotent, retry_after
-from registry.upstream import Upstream
+from registry.discovery import context
+from registry.discovery.balancing import Endpoint
+from registry.discovery.blame import Blame, Verdict, judge
+from registry.discovery.retry import is_idempotent, retry_after
+from registry.discovery.upstream import Upstream
 
 __all__ = ["Call", "Outcome", "Terms"]
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import httpx
 
-from registry.connections import is_local_shortage
+from registry.discovery.connections import is_local_shortage
 
 __all__ = ["Blame", "Failure", "Verdict", "judge"]
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.types import Scope
 
-from registry.consul.presence import Registrar
+from registry.presence.registrar import Registrar
 
 __all__ = ["ROOT", "Check", "find_state", "health_router"]
 

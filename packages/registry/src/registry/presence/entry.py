@@ -14,12 +14,12 @@ from consul.base import Response
 from consul.callback import CB
 from consul.exceptions import ACLPermissionDenied
 
+from registry.backoff import Backoff
 from registry.consul.connection import AsyncConsul, SyncConsul, consul_errors
 from registry.consul.health import parse_local_health
-from registry.consul.registration import Registration
 from registry.errors import RegistryError, RegistryUnavailableError
 from registry.model import ServiceHealth
-from registry.retry import Backoff
+from registry.presence.registration import Registration
 
 __all__ = ["ATTEMPTS", "Entry", "holders", "parse_nodes", "take_out"]
 

@@ -5,7 +5,7 @@ import ssl
 
 import httpx
 
-from registry.consul.registration import Registration
+from registry.presence.registration import Registration
 
 __all__ = ["Probe"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import httpx
 
-from registry.http11 import Exchange
-from registry.plain import Answer
+from registry.discovery.http11 import Exchange
+from registry.discovery.plain import Answer
 
 __all__ = ["Connection"]
 

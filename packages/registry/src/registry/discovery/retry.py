@@ -9,12 +9,12 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 import httpx
-import tenacity
 
-from registry.blame import Failure
+from registry.backoff import Backoff
+from registry.discovery.blame import Failure
 from registry.errors import InvalidInputError
 
-__all__ = ["Backoff", "RetryBudget", "RetryPolicy", "is_idempotent", "retry_after"]
+__all__ = ["RetryBudget", "RetryPolicy", "is_idempotent", "retry_after"]
 
 # RFC 9110, 9.2.2: "Of the request methods defined by this specification, PUT, DELETE, and safe request methods are
 # idempotent." Source: https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
@@ -27,22 +27,6 @@ def is_idempotent(request: httpx.Request) -> bool:
     if stated is not None:
         return bool(stated)
     return request.method in IDEMPOTENT_METHODS or "Idempotency-Key" in request.headers
-
-
-class Backoff:
-    """Full-jitter exponential delays: uniform between 0 and ``base`` × 2 ** (attempt - 1), at most ``cap`` seconds.
-
-    Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-    """
-
-    def __init__(self, base: float, cap: float) -> None:
-        self._wait = tenacity.wait_random_exponential(multiplier=base, max=cap)
-
-    def delay(self, attempt: int) -> float:
-        """Seconds to wait after the ``attempt``-th failure (1-based)."""
-        state = tenacity.RetryCallState(retry_object=tenacity.Retrying(), fn=None, args=(), kwargs={})
-        state.attempt_number = attempt
-        return self._wait(state)
 
 
 @dataclass

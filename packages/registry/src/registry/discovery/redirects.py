@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 
-from registry.call import Terms
+from registry.discovery.call import Terms
+from registry.discovery.transport import DiscoveryTransport
 from registry.errors import InvalidInputError
-from registry.transport import DiscoveryTransport
 
 __all__ = ["Way"]
 

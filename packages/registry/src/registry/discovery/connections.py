@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import httpx
 
-from registry.connection import Connection
-from registry.options import ConnectionOptions
+from registry.discovery.connection import Connection
+from registry.discovery.options import ConnectionOptions
 
 __all__ = ["Connections", "Origin", "is_local_shortage"]
 

@@ -9,8 +9,8 @@ import random
 import time
 from collections.abc import Callable, Collection, Set
 
-from registry.balancing import Candidates, Endpoint, Pick, power_of_two_choices
-from registry.blame import Failure
+from registry.discovery.balancing import Candidates, Endpoint, Pick, power_of_two_choices
+from registry.discovery.blame import Failure
 from registry.errors import NoHealthyInstanceError
 from registry.model import Key, Snapshot
 

@@ -1,0 +1,1 @@
+"""I am here, as long as I can answer: registered, kept registered, withdrawn, drained."""
