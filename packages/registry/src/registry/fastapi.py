@@ -17,6 +17,7 @@ from registry.consul.presence import Registrar
 from registry.consul.resolver import ConsulResolver
 from registry.drain import DrainOnSigterm
 from registry.health import Check, health_router
+from registry.limits import SlowBodyMiddleware
 from registry.settings import ConsulSettings, ServiceSettings
 
 __all__ = ["Check", "DiscoveryClient", "RegistryMiddleware", "health_router", "lifespan", "refuse_invalid_request"]
@@ -64,11 +65,12 @@ class RegistryMiddleware:
 
     While the instance drains, also ``Connection: close``: no caller keeps a connection that is about to be cut.
     A request whose deadline has passed is answered 504 at once, and the app never sees it. The deadline and the retry
-    marker hold for the calls that a ServiceDiscoveryClient makes on the request's behalf, until it is answered.
+    marker hold for the calls that a ServiceDiscoveryClient makes on the request's behalf, until it is answered. A body
+    that comes in too slowly is answered 408 (``registry.limits``).
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._app = SlowBodyMiddleware(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
