@@ -1,24 +1,20 @@
 """What strangers send to the edge: a real HAProxy with the deployment's own configuration, on a real Consul's DNS."""
 
 import asyncio
-import os
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from deploy.services import SERVICES
-from registry import ServiceRegistry
 from registry.testing.agent import ConsulAgent
-from registry.testing.ports import free_ports
 from tests.edge import Edge, Replica, replicas, running_edge, until
 from tests.hostile import failures, slow_bodies
+from tests.processes import running_services
 
 BACKEND, NAMES = "backend-api", [service.name for service in SERVICES]
 OTHERS = [name for name in NAMES if name != BACKEND]
@@ -145,32 +141,13 @@ async def test_one_silenced_port_silences_no_other(edge: Edge, client: httpx.Asy
     assert (await client.get(f"{edge.url(BACKEND)}/read")).status_code == 200
 
 
-@pytest.fixture
-def services(consul_agent: ConsulAgent, tmp_path: Path) -> Iterator[dict[str, psutil.Process]]:
-    """The three services as processes, found by Consul; by name."""
-    with ExitStack() as stack:
-        processes = {}
-        for service, port in zip(SERVICES, free_ports(len(SERVICES)), strict=True):
-            command = [sys.executable, "-m", "uvicorn", service.app, "--port", str(port), "--log-level", "error"]
-            variables = {"SERVICE_PORT": str(port), "DATABASE_URL": f"sqlite:///{tmp_path}/cards.db"}
-            process = subprocess.Popen(command, env=os.environ | consul_agent.env() | variables, cwd=tmp_path)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            processes[service.name] = psutil.Process(process.pid)
-        yield processes
-    with ServiceRegistry("127.0.0.1", consul_agent.http_port) as registry:  # killed, they have deregistered nothing
-        for name in processes:
-            for instance in registry.discover_service(name, passing=False):
-                registry.deregister_service(instance.id)
-
-
 async def _mebibytes(count: int) -> AsyncIterator[bytes]:
     for _ in range(count):
         yield b"x" * 2**20
 
 
 async def test_large_bodies_cost_no_memory(
-    consul_agent: ConsulAgent, services: dict[str, psutil.Process], tmp_path: Path, client: httpx.AsyncClient
+    consul_agent: ConsulAgent, tmp_path: Path, client: httpx.AsyncClient
 ) -> None:
     """Twelve bodies of 100 MB at once, chunked and not, through the edge and past it: 413, or cut off. No service grows
     by them, and no call of others fails meanwhile."""
@@ -184,18 +161,18 @@ async def test_large_bodies_cost_no_memory(
         except httpx.TransportError:  # the answer came before the body was sent, and the connection was closed
             statuses[0] += 1
 
-    async with running_edge(consul_agent, tmp_path, *NAMES) as edge:
-        urls = []
-        with ServiceRegistry("127.0.0.1", consul_agent.http_port) as registry:
-            for name, path in paths.items():
-                [instance] = await asyncio.to_thread(registry.discover_service, name)
-                urls += [edge.url(name) + path, f"http://{instance.address}:{instance.port}{path}"]
-        before = {name: process.memory_info().rss for name, process in services.items()}
-        victims = [failures(f"{edge.url(name)}/health", "127.0.0.3", 3.0) for name in NAMES]
-        *found, _ = await asyncio.gather(
-            *victims, asyncio.gather(*(post(url, headers) for url in urls for headers in kinds))
-        )
-        grown = {name: (process.memory_info().rss - before[name]) // 2**20 for name, process in services.items()}
+    with running_services(consul_agent, tmp_path) as services:
+        async with running_edge(consul_agent, tmp_path, *NAMES) as edge:
+            direct = {name: f"http://{instance.address}:{instance.port}" for name, (instance, _) in services.items()}
+            urls = [base + path for name, path in paths.items() for base in (edge.url(name), direct[name])]
+            before = {name: process.memory_info().rss for name, (_, process) in services.items()}
+            victims = [failures(f"{edge.url(name)}/health", "127.0.0.3", 3.0) for name in NAMES]
+            *found, _ = await asyncio.gather(
+                *victims, asyncio.gather(*(post(url, headers) for url in urls for headers in kinds))
+            )
+            grown = {
+                name: (process.memory_info().rss - before[name]) // 2**20 for name, (_, process) in services.items()
+            }
     sys.stderr.write(f"\nstatuses {dict(statuses)}, grown by MiB {grown}; victims' calls and failures: {found}\n")
     assert statuses.keys() <= {0, 413}
     assert statuses[413]
