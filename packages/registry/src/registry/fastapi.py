@@ -16,11 +16,19 @@ from registry.client import ServiceDiscoveryClient
 from registry.consul.presence import Registrar
 from registry.consul.resolver import ConsulResolver
 from registry.drain import DrainOnSigterm
-from registry.health import Check, health_router
+from registry.health import Check, DegradedError, health_router
 from registry.limits import SlowBodyMiddleware
 from registry.settings import ConsulSettings, ServiceSettings
 
-__all__ = ["Check", "DiscoveryClient", "RegistryMiddleware", "health_router", "lifespan", "refuse_invalid_request"]
+__all__ = [
+    "Check",
+    "DegradedError",
+    "DiscoveryClient",
+    "RegistryMiddleware",
+    "health_router",
+    "lifespan",
+    "refuse_invalid_request",
+]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 

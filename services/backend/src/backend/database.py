@@ -13,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from backend.models import CREATE_SEARCH_INDEX, SEARCH_INDEX, Base, Card, Publication
-from registry.health import DegradedError
+from registry.fastapi import DegradedError
 
 _log = logging.getLogger("backend")
 _ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
