@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from backend.cards import Cards
-from backend.database import Database, DatabaseUnavailableError
+from backend.database import CONNECTIONS, Database, DatabaseUnavailableError
 from backend.schemas import CardDraft
 from registry.testing.ports import free_ports
 from tests.programs import find_program
@@ -22,16 +24,18 @@ PASSWORD = "p@ss/%40:w#rd"
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def postgres() -> Iterator[int]:
     """The port of an empty Postgres with a password that must be escaped in URLs."""
     programs = find_program("initdb", "postgresql").parent
-    folder = tmp_path_factory.mktemp("postgres")
-    folder.chmod(0o777)
-    for parent in folder.parents:
-        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o011)
-    # Postgres does not run as root.
+    # Postgres does not run as root, and pytest's own folders are for nobody else.
     user = "postgres" if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="registry-postgres-") as name:
+        if user:
+            shutil.chown(name, user)
+        yield from _serving(programs, Path(name), user)
+
+
+def _serving(programs: Path, folder: Path, user: str | None) -> Iterator[int]:
     (folder / "password").write_text(PASSWORD)
     data, [port] = folder / "data", free_ports(1)
     make = [f"{programs}/initdb", "--username=registry", f"--pwfile={folder}/password", "--auth=scram-sha-256"]
@@ -120,4 +124,17 @@ async def test_without_the_right_to_an_index_cards_are_searched(
     assert "cards are searched without an index" in caplog.text
     await _publish(database, "Consul")
     assert (await Cards(database).search("nsu", 10, 0)).total == 1
+    await database.aclose()
+
+
+async def test_health_meets_broken_connections_first(postgres: int) -> None:
+    """All connections are cut at once: one check of /health finds that out, and after the next no request fails."""
+    await _run(postgres, "postgres", "CREATE DATABASE cut")
+    database = Database(f"postgresql://registry@127.0.0.1:{postgres}/cut", password=PASSWORD)
+    await database.prepare()
+    await _run(postgres, "postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'cut'")
+    with pytest.raises(DatabaseUnavailableError):
+        await database.ping()
+    await database.ping()
+    await asyncio.gather(*(Cards(database).search("", 1, 0) for _ in range(CONNECTIONS)))
     await database.aclose()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -70,6 +70,7 @@ class Database:
         self._timeout = timeout
         self._start_seconds = start_seconds
         self._last_write_failed = False
+        self._was_away = False
         # A cut-off statement costs its connection, and a new one costs more than the work did: an overload that cuts
         # off work feeds itself. So few connections, and who can't have one soon gets his 503 from the queue, unserved.
         self._engine = self._pool(parsed, CONNECTIONS)
@@ -150,11 +151,16 @@ class Database:
         try:
             await self._read_tables()
         except DatabaseUnavailableError as error:
+            self._was_away = True
             if not _lacks_tables(error.__cause__):
                 raise
             _log.warning("the tables are gone, creating them", extra={"error": str(error.__cause__)})
             async with self._in_time():
                 await self._create_tables()
+        if self._was_away:
+            # What broke this connection broke those for requests: better found out here than by a request each.
+            self._was_away = False
+            await asyncio.gather(*(self._try_connection() for _ in range(CONNECTIONS)))
         if self._last_write_failed:
             raise DegradedError("the last write failed")
 
@@ -162,6 +168,11 @@ class Database:
         tables = (select(column).limit(1).scalar_subquery() for column in (Card.id, Publication.key))
         async with self._in_time(), self._own.connect() as connection:
             await connection.execute(select(*tables))
+
+    async def _try_connection(self) -> None:
+        with suppress(DatabaseUnavailableError):
+            async with self.session() as session:
+                await session.execute(select(1))
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
