@@ -2,7 +2,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -202,6 +202,20 @@ async def test_health_waits_for_no_search(database_file: Path) -> None:
             await session.execute(select(Card.id))
         async with asyncio.timeout(1):
             await database.ping()
+    await database.aclose()
+
+
+async def test_a_check_that_was_given_up_is_an_outage(database_file: Path) -> None:
+    """Whoever asks for the health waits less long than the database may take: that too makes the next check look."""
+    database = Database(f"sqlite:///{database_file}")
+    await database.prepare()
+    outages: list[bool] = []
+    for seconds in (None, 0, None):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await database.ping()
+        outages.append(database._was_away)
+    assert outages == [False, True, False]
     await database.aclose()
 
 

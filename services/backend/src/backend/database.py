@@ -149,20 +149,26 @@ class Database:
         Raises: DatabaseUnavailableError. DegradedError, when it can be read, but the last write failed.
         """
         try:
-            await self._read_tables()
-        except DatabaseUnavailableError as error:
+            await self._read_or_create_tables()
+        except (DatabaseUnavailableError, asyncio.CancelledError):  # cancelled: whoever asked has waited long enough
             self._was_away = True
-            if not _lacks_tables(error.__cause__):
-                raise
-            _log.warning("the tables are gone, creating them", extra={"error": str(error.__cause__)})
-            async with self._in_time():
-                await self._create_tables()
+            raise
         if self._was_away:
             # What broke this connection broke those for requests: better found out here than by a request each.
             self._was_away = False
             await asyncio.gather(*(self._try_connection() for _ in range(CONNECTIONS)))
         if self._last_write_failed:
             raise DegradedError("the last write failed")
+
+    async def _read_or_create_tables(self) -> None:
+        try:
+            await self._read_tables()
+        except DatabaseUnavailableError as error:
+            if not _lacks_tables(error.__cause__):
+                raise
+            _log.warning("the tables are gone, creating them", extra={"error": str(error.__cause__)})
+            async with self._in_time():
+                await self._create_tables()
 
     async def _read_tables(self) -> None:
         tables = (select(column).limit(1).scalar_subquery() for column in (Card.id, Publication.key))
