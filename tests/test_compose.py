@@ -136,8 +136,10 @@ def test_a_service_is_built_and_published_under_its_own_port(folder: str) -> Non
     assert f"SERVICE={folder}" in arguments
     assert f"PORT={port}" in arguments
     assert [mapping for mapping in SERVICES["edge"]["ports"] if mapping.endswith(f":-{port}}}:{port}")]
-    assert re.search(rf"frontend {folder}\n    bind :{port}\n(.*\n)+?    default_backend {name}\n", HAPROXY)
-    assert re.search(rf"backend {name}\n(.*\n)*?    server-template {folder} 1-\d+ _{name}\._tcp\.", HAPROXY)
+    assert re.search(rf"frontend {folder} from public\n    bind :{port}\n(.*\n)+?    default_backend {name}\n", HAPROXY)
+    assert re.search(
+        rf"backend {name} from basics\n(.*\n)*?    server-template {folder} 1-\d+ _{name}\._tcp\.", HAPROXY
+    )
 
 
 def test_the_edge_has_the_settings_that_were_measured() -> None:
@@ -148,8 +150,8 @@ def test_the_edge_has_the_settings_that_were_measured() -> None:
         "timeout check 400ms",
         "timeout server 2s",
         "option redispatch 1",
-        "retries 3",
-        "retry-on all-retryable-errors",
+        "retries 2",
+        "retry-on conn-failure empty-response response-timeout",
         "balance roundrobin",
         "hold obsolete 10s",
         "hold nx 30s",
@@ -164,11 +166,26 @@ def test_the_edge_has_the_settings_that_were_measured() -> None:
         assert setting in server
 
 
-def test_no_frontend_repeats_a_post() -> None:
-    """retry-on alone would repeat a POST that may have been carried out, so every frontend forbids it."""
-    frontends = [part for part in re.split(r"^(?=\S)", HAPROXY, flags=re.MULTILINE) if part.startswith("frontend ")]
+def test_every_port_is_guarded() -> None:
+    """Every frontend that strangers reach has all the limits, and no POST is repeated on any."""
+    sections = re.split(r"^(?=[^\s#])", HAPROXY, flags=re.MULTILINE)
+    [public] = [section for section in sections if section.startswith("defaults public ")]
+    for rule in (
+        "maxconn 1000",
+        "option http-buffer-request",
+        "http-request disable-l7-retry if !METH_GET",
+        "http-request del-header X-Request-Deadline",
+        "http-request del-header X-Retry-Attempt",
+        "http-request deny status 413 ",
+    ):
+        assert f"    {rule}" in public
+    frontends = [section for section in sections if section.startswith("frontend ")]
     assert len(frontends) == len(OURS) + 1
-    assert all("http-request disable-l7-retry if !METH_GET\n" in frontend for frontend in frontends)
+    for frontend in frontends:
+        if not frontend.startswith("frontend alive from basics "):
+            assert " from public\n" in frontend
+            assert "    tcp-request connection track-sc0 src\n" in frontend
+            assert "    tcp-request connection reject if { sc0_conn_cur gt 500 }\n" in frontend
 
 
 def test_consul_keeps_its_data_and_its_address() -> None:

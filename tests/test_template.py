@@ -40,7 +40,9 @@ def frame_of_program(source: str) -> list[str]:
     [create_app] = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "create_app"]
     for call in [node for node in ast.walk(create_app) if isinstance(node, ast.Call)]:
         own = isinstance(call.func, ast.Name) and call.func.id == "health_router"
-        call.keywords = [keyword for keyword in call.keywords if not own and keyword.arg != "inner"]
+        call.keywords = [
+            keyword for keyword in call.keywords if not own and keyword.arg not in {"inner", "trust_caller"}
+        ]
     body = [ast.unparse(statement) for statement in create_app.body]
     return [ast.get_docstring(module) or "", ast.unparse(create_app.args), *body, ast.unparse(module.body[-1])]
 

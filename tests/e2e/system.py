@@ -23,6 +23,8 @@ from registry import RegistryUnavailableError, ServiceRegistry
 from registry.testing.ports import free_ports
 
 PROJECT = "registry-e2e"
+PASSWORD = "p@ss/50%:#"
+"""Of the database: what would have to be escaped in a URL."""
 BACKENDS = 3
 """So many stand before every scene."""
 BACKEND = next(service for service in SERVICES if service.folder == "backend")
@@ -128,6 +130,7 @@ class System:
                 "CONSUL_UI_PORT": str(ui_port),
                 "E2E_DNS_PORT": str(self.dns_port),
                 "E2E_JOURNALS": str(self.journals),
+                "POSTGRES_PASSWORD": PASSWORD,
                 **{name: str(port) for name, port in published.items()},
                 **images,
             }
@@ -262,7 +265,7 @@ class System:
 
     def _query(self, statement: str) -> str:
         psql = ["psql", "-h", "127.0.0.1", "-U", "registry", "-At", "-c", statement]
-        return run_in(self.container("postgres"), *psql, PGPASSWORD="local-only", PGOPTIONS="-c statement_timeout=15s")
+        return run_in(self.container("postgres"), *psql, PGPASSWORD=PASSWORD, PGOPTIONS="-c statement_timeout=15s")
 
     def keep_logs(self, folder: str) -> None:
         """Writes what every container has logged into a folder of this name."""

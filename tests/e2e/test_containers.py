@@ -9,11 +9,11 @@ from playwright.sync_api import expect, sync_playwright
 from tests.e2e.browser import find_browser
 from tests.e2e.conftest import PUBLISHED
 from tests.e2e.report import Row
-from tests.e2e.system import BACKEND, BACKENDS, System, run_in
+from tests.e2e.system import BACKEND, BACKENDS, PASSWORD, System, run_in
 
 _GIVEAWAYS = ("token", "secret", "passw", "api_key")
-_KNOWN = {"POSTGRES_PASSWORD"}
-"""Postgres takes it from its environment; it is the default of docker-compose.yml, for a network on one machine."""
+_KNOWN = {"POSTGRES_PASSWORD", "DATABASE_PASSWORD"}
+"""Postgres takes it from its environment, and backend-api; by default for a network on one machine."""
 
 
 def test_nobody_is_root_or_can_write(system: System) -> None:
@@ -43,13 +43,13 @@ def test_the_service_is_not_the_first_process(system: System) -> None:
 
 
 def test_no_secret_is_given_away(system: System) -> None:
-    """No environment or log of a container holds a token or another secret, but for Postgres' own default password."""
+    """No environment or log of a container holds a token or another secret, but for the password of Postgres."""
     for container in system.containers():
         variables = dict(line.split("=", 1) for line in container.attrs["Config"]["Env"])
         names = {name for name in variables if any(word in name.lower() for word in _GIVEAWAYS)}
         assert names <= _KNOWN, container.name
         log = container.logs().decode(errors="replace").lower()
-        lines = [line for line in log.splitlines() if "local-only" in line or "x-consul-token" in line]
+        lines = [line for line in log.splitlines() if PASSWORD in line or "x-consul-token" in line]
         assert lines == [], container.name
 
 

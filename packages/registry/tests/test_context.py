@@ -393,10 +393,10 @@ def test_clock_that_was_set_right_is_believed_again() -> None:
 
 
 async def test_front_door_takes_no_deadline_from_strangers() -> None:
-    """With ``inherit=False`` neither a tiny deadline nor a retry marker from outside does anything."""
+    """With ``trust_caller=False`` neither a tiny deadline nor a retry marker from outside does anything."""
     service = Service("backend")
     service.app.user_middleware.clear()
-    service.app.add_middleware(RegistryMiddleware, inherit=False)
+    service.app.add_middleware(RegistryMiddleware, trust_caller=False)
 
     @service.app.get("/")
     async def answer() -> dict[str, Any]:

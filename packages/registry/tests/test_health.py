@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from registry import Registrar, ServiceSettings
-from registry.fastapi import Check, health_router
+from registry.fastapi import Check, DegradedError, health_router
 
 
 async def well() -> None:
@@ -21,6 +21,11 @@ async def well() -> None:
 async def sick() -> None:
     """A component that fails, with a secret in its message."""
     raise ConnectionError("postgresql://cards:hunter2@db/cards")
+
+
+async def partly() -> None:
+    """A component that works in part."""
+    raise DegradedError("the last write failed")
 
 
 async def hanging() -> None:
@@ -54,6 +59,20 @@ async def test_healthy_when_every_component_works() -> None:
 async def test_healthy_without_components() -> None:
     """A service without parts of its own is healthy when it answers."""
     assert (await ask()).json() == {"status": "healthy", "components": {}}
+
+
+async def test_what_works_in_part_is_told_and_stays_in_service() -> None:
+    """200 with the reason; beside a component that does not work at all it is 503, and both are named."""
+    degraded = {"status": "degraded", "error": "the last write failed"}
+    answer = await ask(database=partly, queue=well)
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert answer.json()["components"] == {"database": degraded, "queue": {"status": "healthy"}}
+    answer = await ask(database=partly, queue=sick)
+    assert (answer.status_code, answer.json()["status"]) == (503, "unhealthy")
+    assert answer.json()["components"] == {
+        "database": degraded,
+        "queue": {"status": "unhealthy", "error": "ConnectionError"},
+    }
 
 
 async def test_names_the_failing_component_and_no_secret(caplog: pytest.LogCaptureFixture) -> None:

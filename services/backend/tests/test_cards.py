@@ -168,6 +168,31 @@ async def test_a_very_long_card_is_kept_whole(backend: httpx.AsyncClient) -> Non
     assert (await backend.get(f"/api/cards/{card['id']}")).json()["text"] == text
 
 
+async def test_a_page_shows_the_beginning_of_long_texts(backend: httpx.AsyncClient) -> None:
+    """A list item has the first 500 characters, and says whether that is all."""
+    await publish(backend, "Short", "🦆" * 500)
+    await publish(backend, "Long", "🦆" * 501)
+    long, short = (await backend.get("/api/cards")).json()["items"]
+    assert (long["text"], long["complete"]) == ("🦆" * 500, False)
+    assert (short["text"], short["complete"]) == ("🦆" * 500, True)
+
+
+async def test_a_page_has_a_bounded_size(backend: httpx.AsyncClient) -> None:
+    """A hundred of the largest cards: each page stays under 256 kB, and the pages together show every card once."""
+    for number in range(100):
+        tags = [f"{tag:02}" + "\x01" * 48 for tag in range(20)]
+        await publish(backend, f"{number:03}" + "\x01" * 197, "\x01" * 100_000, tags=tags)
+    seen: list[int] = []
+    while len(seen) < 100:
+        answer = await backend.get("/api/cards", params={"limit": 100, "offset": len(seen)})
+        page = answer.json()
+        assert page["items"]
+        assert page["total"] == 100
+        assert len(answer.content) < 2**18 + 1000
+        seen += [card["id"] for card in page["items"]]
+    assert seen == sorted(set(seen), reverse=True)
+
+
 @given(title=ANYTHING, text=ANYTHING, tag=ANYTHING)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_text_is_stored_as_it_is_or_refused(

@@ -2,17 +2,20 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TypeAlias
 
 import httpx
 import pytest
-from sqlalchemy import create_mock_engine, event
+from sqlalchemy import create_mock_engine, event, make_url, select
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import Pool
 from sqlalchemy.schema import ExecutableDDLElement
 
-from backend.database import CONNECTIONS, Database, DatabaseUnavailableError
-from backend.models import Base
+from backend.database import CONNECTIONS, Database, DatabaseUnavailableError, _complete
+from backend.models import Base, Card
+from backend.settings import Settings
 
 Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
 
@@ -38,11 +41,17 @@ async def test_every_connection_is_open_before_the_first_call(database_file: Pat
     event.listen(Pool, "connect", count)
     database = Database(f"sqlite:///{database_file}")
     await database.prepare()
-    assert len(opened) == CONNECTIONS
-    await asyncio.gather(*(database.ping() for _ in range(CONNECTIONS)))
-    assert len(opened) == CONNECTIONS
+    assert len(opened) == CONNECTIONS + 1  # and the one for health
+    await asyncio.gather(*(look(database) for _ in range(CONNECTIONS)), database.ping())
+    assert len(opened) == CONNECTIONS + 1
     event.remove(Pool, "connect", count)
     await database.aclose()
+
+
+async def look(database: Database) -> None:
+    """As a request reads."""
+    async with database.session() as session:
+        await session.execute(select(Card.id).limit(1))
 
 
 class FirstWarning(logging.Handler):
@@ -114,7 +123,7 @@ async def test_a_silent_database_keeps_nobody_longer_than_the_timeout() -> None:
 
         async def seconds() -> float:
             with pytest.raises(DatabaseUnavailableError):
-                await database.ping()
+                await look(database)
             return loop.time() - begun
 
         took = sorted(await asyncio.gather(*(seconds() for _ in range(40))))
@@ -130,16 +139,105 @@ async def test_a_silent_database_keeps_nobody_longer_than_the_timeout() -> None:
 
 
 async def test_health_names_the_sick_database(replica: Replica, database_file: Path) -> None:
-    """Healthy is 200; a database without its tables is 503, and the body says which component it is."""
+    """Healthy is 200; a database with the wrong tables is 503, and the body says which component it is."""
     backend = await replica()
     healthy = await backend.get("/health")
     assert (healthy.status_code, healthy.json()["components"]) == (200, {"database": {"status": "healthy"}})
     connection = sqlite3.connect(database_file)
-    connection.execute("DROP TABLE cards")
+    connection.executescript("DROP TABLE cards; CREATE TABLE cards (name)")
     connection.close()
     sick = await backend.get("/health")
     assert sick.status_code == 503
     assert sick.json()["components"]["database"]["status"] == "unhealthy"
+
+
+async def test_an_empty_database_gets_its_tables(replica: Replica, database_file: Path) -> None:
+    """Somebody replaces the database by an empty one: 503 until the next check of /health, which creates the tables."""
+    backend = await replica()
+    connection = sqlite3.connect(database_file)
+    connection.executescript("DROP TABLE cards; DROP TABLE publications")
+    connection.close()
+    card = {"title": "t", "text": "t"}
+    for answer in (await backend.post("/api/publish", json=card), await backend.get("/api/cards")):
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert (await backend.get("/health")).status_code == 200
+    assert (await backend.post("/api/publish", json=card, headers={"Idempotency-Key": "k"})).status_code == 201
+    assert (await backend.get("/api/cards")).json()["total"] == 1
+
+
+async def test_a_full_disk_is_told(replica: Replica) -> None:
+    """While the last write has failed, /health says degraded, and reads are served; the next good one heals."""
+    full = False
+
+    def limit(connection: DBAPIConnection, *_: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA max_page_count = {1 if full else 1_000_000}")  # 1: as many as there are
+        cursor.close()
+
+    backend = await replica()
+    event.listen(Pool, "checkout", limit)
+    try:
+        card = {"title": "t", "text": "x" * 50_000}
+        assert (await backend.post("/api/publish", json=card)).status_code == 201
+        full = True
+        assert (await backend.post("/api/publish", json=card)).status_code == 503
+        told = await backend.get("/health")
+        assert (told.status_code, told.json()["status"]) == (200, "degraded")
+        assert told.json()["components"] == {"database": {"status": "degraded", "error": "the last write failed"}}
+        assert (await backend.get("/api/cards")).json()["total"] == 1
+        full = False
+        assert (await backend.delete("/api/cards/1")).status_code == 204
+        assert (await backend.get("/health")).json()["status"] == "healthy"
+    finally:
+        event.remove(Pool, "checkout", limit)
+
+
+async def test_health_waits_for_no_search(database_file: Path) -> None:
+    """With every connection taken by those who work, the health check is answered at once."""
+    database = Database(f"sqlite:///{database_file}", timeout=5.0)
+    await database.prepare()
+    async with AsyncExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            session = await stack.enter_async_context(database.session())
+            await session.execute(select(Card.id))
+        async with asyncio.timeout(1):
+            await database.ping()
+    await database.aclose()
+
+
+async def test_a_check_that_was_given_up_is_an_outage(database_file: Path) -> None:
+    """Whoever asks for the health waits less long than the database may take: that too makes the next check look."""
+    database = Database(f"sqlite:///{database_file}")
+    await database.prepare()
+    outages: list[bool] = []
+    for seconds in (None, 0, None):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await database.ping()
+        outages.append(database._was_away)
+    assert outages == [False, True, False]
+    await database.aclose()
+
+
+@pytest.mark.parametrize("password", ["p@ss", "50%", "a/b:c?d#e", "%40", "päß wörd", "'\"\\$"])
+def test_a_password_of_its_own_needs_no_escaping(password: str) -> None:
+    """Whatever its characters, the driver gets it as it is, and the host stays the URL's."""
+    url = _complete("postgresql://registry:old@postgres/registry", password)
+    assert (url.host, url.username, url.password, url.drivername) == (
+        "postgres",
+        "registry",
+        password,
+        "postgresql+asyncpg",
+    )
+    assert make_url(url.render_as_string(hide_password=False)).password == password
+
+
+def test_the_password_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DATABASE_PASSWORD is its variable, and no repr shows it."""
+    monkeypatch.setenv("DATABASE_PASSWORD", "p@ss%")
+    settings = Settings()
+    assert settings.database_password == "p@ss%"
+    assert "p@ss" not in repr(settings)
 
 
 def test_the_tables_are_postgres_tables_too() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any, TypeAlias
@@ -138,6 +139,41 @@ async def test_a_4xx_that_is_no_json_passes_through(start: Start) -> None:
     assert answer.headers["Content-Type"].startswith("text/html")
 
 
+@pytest.mark.parametrize("value", ["\u20ac", "\u00fc\u20ac", "\u00ff", "a\tb", "\x7f", ""])
+@pytest.mark.parametrize("status", [201, 422, 503])
+async def test_what_no_header_can_hold_is_left_out(start: Start, status: int, value: str) -> None:
+    """An upstream's headers are passed on when they are printable ASCII; others cost the header, not the answer."""
+    names = ("X-Service-Instance", "Retry-After", "Content-Type")
+    headers = [(name.encode(), value.encode()) for name in names]
+    front = await start(lambda _: httpx.Response(status, content=json.dumps(PUBLISHED), headers=headers))
+    answer = await front.post("/api/publish", json=CARD)
+    assert answer.status_code == status
+    assert "X-Upstream-Instance" not in answer.headers
+    assert answer.headers.get("Retry-After") == ("1" if status == 503 else None)
+
+
+async def test_headers_of_the_caller_go_nowhere(start: Start) -> None:
+    """Framing and hop-by-hop headers of a caller belong to his connection; the calls on his behalf have their own."""
+    seen: list[httpx.Request] = []
+
+    def upstream(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(201, json=PUBLISHED | ENRICHED)
+
+    front = await start(upstream)
+    names = ["Connection", "Keep-Alive", "Proxy-Authorization", "TE", "Trailer", "Upgrade", "Expect", "Cookie"]
+    theirs = dict.fromkeys(names, "theirs") | {"Content-Length": "3", "Transfer-Encoding": "theirs"}
+    for path, body in (("/api/publish", CARD), ("/api/enrich", {"text": "consul"})):
+        content = json.dumps(body).encode()
+        headers = {**theirs, "Host": "elsewhere", "Content-Type": "application/json"}
+        assert (await front.post(path, content=content, headers=headers)).status_code in {200, 201}
+    for request in seen:
+        assert "theirs" not in request.headers.values()
+        assert request.headers["Host"].endswith("-api")
+        assert request.headers["Content-Length"] == str(len(request.read()))
+    assert len(seen) == 2
+
+
 def raises(error: Exception) -> Callable[[httpx.Request], httpx.Response]:
     def upstream(_: httpx.Request) -> httpx.Response:
         raise error
@@ -216,6 +252,10 @@ async def test_nobody_to_ask_is_503(start: Start, error: registry.RegistryError,
         b'{"title": "\\ud800", "text": "t"}',
         b'{"title": "t", "text": "t", "tags": ["\\udfff"]}',
         b'{"title": "t", "text": "t", "misspelt": 1}',
+        json.dumps({"title": "t" * 1_001, "text": "t"}).encode(),
+        json.dumps({"title": "t", "text": "t" * 110_001}).encode(),
+        json.dumps({"title": "t", "text": "t", "tags": ["t"] * 101}).encode(),
+        json.dumps({"title": "t", "text": "t", "tags": ["t" * 201]}).encode(),
     ],
 )
 async def test_what_can_not_be_passed_on_is_422(start: Start, body: bytes) -> None:
@@ -223,6 +263,25 @@ async def test_what_can_not_be_passed_on_is_422(start: Start, body: bytes) -> No
     front = await start(raises(AssertionError("sent")))
     answer = await front.post("/api/publish", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("path", ["/api/publish", "/api/enrich"])
+async def test_a_body_too_large_is_413(start: Start, path: str, chunked: bool) -> None:
+    """More than 2 MiB is refused, with a Content-Length or without, and nothing is sent."""
+    taken = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal taken
+        for _ in range(100):
+            taken += 1
+            yield b" " * 2**20
+
+    front = await start(raises(AssertionError("sent")))
+    headers = {} if chunked else {"Content-Length": str(100 * 2**20)}
+    answer = await front.post(path, content=body(), headers=headers)
+    assert answer.status_code == 413
+    assert taken <= 3
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 201, "line\nbreak"])

@@ -166,6 +166,38 @@ async def test_any_registered_service_is_called_by_name(private_consul_agent: Co
     assert (unknown.status_code, unknown.json()) == (404, {"detail": "Nobody has registered 'nobody-api'"})
 
 
+async def test_consul_is_asked_itself(private_consul_agent: ConsulAgent, start: Start) -> None:
+    """Consul is registered under the port of its servers, which speak no HTTP there: its own API is asked instead."""
+    front = await start(private_consul_agent)
+    answer = await front.get("/api/health/consul")
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "service": "consul",
+        "status": "healthy",
+        "words": "consul works; instances that pass their checks: 1 of 1",
+        "instance": None,
+    }
+
+
+async def test_what_works_in_part_is_told(private_consul_agent: ConsulAgent, start: Start) -> None:
+    """An instance that answers 200 and says that it is degraded is in service, and the words name the component."""
+    front = await start(private_consul_agent)
+    database = {"status": "degraded", "error": "the last write failed"}
+    degraded = {"status": "degraded", "components": {"database": database}}
+    with service(200, degraded, instance="backend-1") as one, service(200, HEALTHY) as two:
+        await register(private_consul_agent, "backend-api", one, "passing")
+        await register(private_consul_agent, "research-api", two, "passing")
+        answer = await front.get("/api/health")
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    backend = answer.json()["services"][0]
+    assert (backend["status"], backend["instance"]) == ("degraded", "backend-1")
+    assert backend["words"] == (
+        "backend-api works in part: database is degraded (the last write failed); "
+        "instances that pass their checks: 1 of 1"
+    )
+    assert answer.json()["words"] == backend["words"]
+
+
 async def test_health_tells_what_the_call_met_before_consul_noticed(
     private_consul_agent: ConsulAgent, start: Start
 ) -> None:
@@ -202,6 +234,8 @@ async def test_a_dead_consul_is_told_in_words(private_consul_agent: ConsulAgent,
         ("x" * 1000, "x" * 200),
         ("{", "{"),
         ("", "no reason given"),
+        ("{" * 50_000, "{" * 200),
+        ('{"components": {"x": {"status": "\\ud800"}}}', "x is ? (no reason given)"),
     ],
 )
 def test_a_check_output_becomes_words(output: str, words: str) -> None:

@@ -16,12 +16,21 @@ from registry.client import ServiceDiscoveryClient
 from registry.consul.resolver import ConsulResolver
 from registry.discovery import context
 from registry.errors import InvalidInputError
+from registry.limits import SlowBodyMiddleware
 from registry.presence.drain import DrainOnSigterm
-from registry.presence.health import ROOT, Check, find_state, health_router
+from registry.presence.health import ROOT, Check, DegradedError, find_state, health_router
 from registry.presence.registrar import Registrar
 from registry.settings import ConsulSettings, ServiceSettings
 
-__all__ = ["Check", "DiscoveryClient", "RegistryMiddleware", "health_router", "lifespan", "refuse_invalid_request"]
+__all__ = [
+    "Check",
+    "DegradedError",
+    "DiscoveryClient",
+    "RegistryMiddleware",
+    "health_router",
+    "lifespan",
+    "refuse_invalid_request",
+]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 
@@ -99,13 +108,14 @@ class RegistryMiddleware:
     While the instance drains, also ``Connection: close``: no caller keeps a connection that is about to be cut.
     A request whose deadline has passed is answered 504 at once, and the app never sees it. The deadline and the retry
     marker hold for the calls that a ServiceDiscoveryClient makes on the request's behalf: the deadline until its answer
-    begins, the marker until it is whole. ``inherit=False``, for a front door whose callers are strangers: both headers
-    are ignored.
+    begins, the marker until it is whole. ``trust_caller=False``, for a front door whose callers are strangers: both
+    headers are ignored. A body that comes in too slowly is answered 408 (``registry.limits``).
     """
 
-    def __init__(self, app: ASGIApp, *, inherit: bool = True) -> None:
+    def __init__(self, app: ASGIApp, *, trust_caller: bool = True) -> None:
         self._app = app
-        self._serve: ASGIApp = partial(_within_deadline, app) if inherit else app
+        patient = SlowBodyMiddleware(app)
+        self._serve: ASGIApp = partial(_within_deadline, patient) if trust_caller else patient
         self._outermost: Scope = {}
         """The scope of the lifespan, if this stands around the app, which then puts itself into it."""
 

@@ -1,6 +1,7 @@
 """What can be done with cards. Knows the database, knows no HTTP."""
 
 import hashlib
+import itertools
 from collections.abc import Awaitable, Callable
 
 from sqlalchemy import delete, func, select, update
@@ -9,7 +10,18 @@ from sqlalchemy.exc import IntegrityError
 from backend.clients import Enrichment
 from backend.database import Database
 from backend.models import Card, Publication, utc_now
-from backend.schemas import CardDraft, CardPage, CardPatch, CardView, PublishedCard, Suggestion
+from backend.schemas import (
+    EXCERPT_LENGTH,
+    CardDraft,
+    CardExcerpt,
+    CardPage,
+    CardPatch,
+    CardView,
+    PublishedCard,
+    Suggestion,
+)
+
+_PAGE_BYTES = 2**18
 
 
 class CardNotFoundError(Exception):
@@ -65,7 +77,7 @@ class Cards:
         if key is not None and (before := await self._published(key, draft)):
             return before, True
         enrichment = await enrich(f"{draft.title}\n{draft.text}")
-        async with self._database.session() as session:
+        async with self._database.writing() as session:
             now = utc_now()
             card = Card(created_at=now, updated_at=now)
             _assign(card, draft)
@@ -118,7 +130,7 @@ class Cards:
         return await self._change(card_id, patch)
 
     async def _change(self, card_id: int, change: CardDraft | CardPatch) -> CardView:
-        async with self._database.session() as session:
+        async with self._database.writing() as session:
             # Writing before reading locks the row (in SQLite: the file) until the commit, so two changes that cross
             # can't lose a field.
             if not await session.scalar(
@@ -134,21 +146,32 @@ class Cards:
 
     async def delete(self, card_id: int) -> None:
         """Raises: CardNotFoundError."""
-        async with self._database.session() as session:
+        async with self._database.writing() as session:
             if not await session.scalar(delete(Card).where(Card.id == card_id).returning(Card.id)):
                 raise CardNotFoundError(card_id)
             await session.commit()
 
     async def search(self, q: str, limit: int, offset: int) -> CardPage:
-        """Cards that contain ``q`` in title, text or a tag, ignoring case; newest first. Wildcards are plain text."""
-        matches = Card.search_text.contains(q.casefold(), autoescape=True)
-        page = select(Card).where(matches).order_by(Card.id.desc()).limit(limit).offset(offset)
+        """Cards that contain ``q`` in title, text or a tag, ignoring case; newest first. Wildcards are plain text.
+
+        Without their full texts, and so many that the page stays under 256 kB: it may be shorter than ``limit``.
+        """
+        matches = [Card.search_text.contains(q.casefold(), autoescape=True)] if q else []
+        # Cut in the database: a hundred long cards need not come here to be shortened.
+        excerpt = func.substr(Card.text, 1, EXCERPT_LENGTH).label("text")
+        complete = (func.length(Card.text) <= EXCERPT_LENGTH).label("complete")
+        columns = Card.id, Card.title, excerpt, complete, Card.tags, Card.created_at, Card.updated_at
+        page = select(*columns).where(*matches).order_by(Card.id.desc()).limit(limit).offset(offset)
         async with self._database.session() as session:
-            cards = (await session.scalars(page)).all()
+            cards = [CardExcerpt.model_validate(row) for row in await session.execute(page)]
             # A page that is not full is the last one, and its end is the total.
             total = offset + len(cards)
             if len(cards) == limit or (offset and not cards):
-                total = await session.scalar(select(func.count()).select_from(Card).where(matches)) or 0
-        return CardPage(
-            items=[CardView.model_validate(card) for card in cards], total=total, limit=limit, offset=offset
-        )
+                total = await session.scalar(select(func.count()).select_from(Card).where(*matches)) or 0
+        return CardPage(items=_first(cards, _PAGE_BYTES), total=total, limit=limit, offset=offset)
+
+
+def _first(cards: list[CardExcerpt], limit: int) -> list[CardExcerpt]:
+    """As many as go into ``limit`` bytes."""
+    ends = itertools.accumulate(len(card.model_dump_json().encode()) for card in cards)
+    return [card for card, end in zip(cards, ends, strict=True) if end <= limit]

@@ -3,32 +3,42 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
-from sqlalchemy import URL, make_url, select, text
+from sqlalchemy import URL, func, make_url, select, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from backend.models import Base, Card
+from backend.models import CREATE_SEARCH_INDEX, SEARCH_INDEX, Base, Card, Publication
+from registry.fastapi import DegradedError
 
 _log = logging.getLogger("backend")
 _ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 # asyncpg raises the operating system's errors and time-outs as they are, all of them OSError.
 _FAILURES = (DBAPIError, PoolTimeoutError, OSError)
 CONNECTIONS = 4
-"""How many each process has at most. Postgres allows 97 in all by default: enough for 24 processes."""
+"""How many each process has at most, and one for its health. Postgres allows 97 in all by default: 19 processes."""
+_SETUP_LOCK = 0x63617264  # of no meaning: only replicas of this service ask for it
 
 
 class DatabaseUnavailableError(Exception):
     """The database can't be reached, or did not answer in time. Nothing was committed, as far as is known."""
 
 
-def _with_driver(url: str) -> URL:
+def _complete(url: str, password: str | None) -> URL:
     parsed = make_url(url)
-    return parsed.set(drivername=_ASYNC_DRIVERS.get(parsed.drivername, parsed.drivername))
+    driver = _ASYNC_DRIVERS.get(parsed.drivername, parsed.drivername)
+    # As a part of its own, a password needs no escaping.
+    return parsed.set(drivername=driver, password=password or parsed.password)
+
+
+def _lacks_tables(error: BaseException | None) -> bool:
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    undefined_table = "42P01"  # Postgres, appendix A: error codes
+    return getattr(cause, "sqlstate", None) == undefined_table or "no such table" in str(cause)
 
 
 def _connect_args(url: URL, timeout: float) -> dict[str, Any]:
@@ -44,29 +54,40 @@ def _connect_args(url: URL, timeout: float) -> dict[str, Any]:
 class Database:
     """The tables of backend-api behind a connection pool; several processes may share one database or SQLite file.
 
+    ``password``: takes the place of the URL's, as it is, and needs no escaping.
+
     Raises: ValueError, for a URL that can't be used.
     """
 
-    def __init__(self, url: str, timeout: float = 5.0, start_seconds: float = 15.0) -> None:
-        parsed = _with_driver(url)
+    def __init__(
+        self, url: str, timeout: float = 5.0, start_seconds: float = 15.0, password: str | None = None
+    ) -> None:
+        parsed = _complete(url, password)
         if parsed.get_backend_name() == "sqlite" and parsed.database in {None, "", ":memory:"}:
             raise ValueError(
                 f"{url} is a database in memory, another one in each process: name a file, sqlite:///cards.db"
             )
         self._timeout = timeout
         self._start_seconds = start_seconds
+        self._last_write_failed = False
+        self._was_away = False
         # A cut-off statement costs its connection, and a new one costs more than the work did: an overload that cuts
         # off work feeds itself. So few connections, and who can't have one soon gets his 503 from the queue, unserved.
+        self._engine = self._pool(parsed, CONNECTIONS)
+        # Searches that take long must not make an instance look sick: its health waits for none of them.
+        self._own = self._pool(parsed, 1)
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+
+    def _pool(self, url: URL, connections: int) -> AsyncEngine:
         # No ping before each use: it is three of a read's six round trips, and all it saves after a restart of the
         # database is one 503 for each connection, which the checks of /health mostly meet first.
-        self._engine = create_async_engine(
-            parsed,
-            connect_args=_connect_args(parsed, timeout),
-            pool_size=CONNECTIONS,
+        return create_async_engine(
+            url,
+            connect_args=_connect_args(url, self._timeout),
+            pool_size=connections,
             max_overflow=0,
-            pool_timeout=timeout / 2,
+            pool_timeout=self._timeout / 2,
         )
-        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 
     async def prepare(self) -> None:
         """Create what is missing, and open every connection: a new replica gets its full share of calls at once.
@@ -89,13 +110,32 @@ class Database:
             delay = min(delay * 2, 1.0)
 
     async def _create_tables(self) -> None:
-        if self._engine.dialect.name == "sqlite":
+        if self._own.dialect.name == "sqlite":
             # Readers no longer wait for the writer. The file remembers it, but no transaction may be open.
-            async with self._engine.connect() as connection:
+            async with self._own.connect() as connection:
                 await connection.execution_options(isolation_level="AUTOCOMMIT")
                 await connection.execute(text("PRAGMA journal_mode=WAL"))
-        async with self._engine.begin() as connection:
+        async with self._setting_up() as connection:
             await connection.run_sync(Base.metadata.create_all)
+        if self._own.dialect.name == "postgresql":
+            await self._create_search_index()
+
+    @asynccontextmanager
+    async def _setting_up(self) -> AsyncIterator[AsyncConnection]:
+        async with self._own.begin() as connection:
+            if self._own.dialect.name == "postgresql":
+                await connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))  # one replica at a time
+            yield connection
+
+    async def _create_search_index(self) -> None:
+        try:
+            async with self._setting_up() as connection:
+                if await connection.scalar(select(func.to_regclass(SEARCH_INDEX))) is None:
+                    for statement in CREATE_SEARCH_INDEX:
+                        await connection.execute(text(statement))
+        except _FAILURES as error:
+            # Without the right or the extension, or with too many cards for a start to wait: search works, slowly.
+            _log.warning("cards are searched without an index", extra={"error": str(error)})
 
     async def _connect(self) -> None:
         async with AsyncExitStack() as stack:
@@ -103,12 +143,42 @@ class Database:
                 await stack.enter_async_context(self._engine.connect())
 
     async def ping(self) -> None:
-        """Health check: reads a table, because a plain SELECT 1 does not even look at a SQLite file.
+        """Health check, on a connection of its own: reads the tables, because a plain SELECT 1 does not even look at
+        a SQLite file. Creates them when they are gone: somebody has replaced the database by an empty one.
 
-        Raises: DatabaseUnavailableError, or what SQLAlchemy raises when the table is gone.
+        Raises: DatabaseUnavailableError. DegradedError, when it can be read, but the last write failed.
         """
-        async with self.session() as session:
-            await session.execute(select(Card.id).limit(1))
+        try:
+            await self._read_or_create_tables()
+        except (DatabaseUnavailableError, asyncio.CancelledError):  # cancelled: whoever asked has waited long enough
+            self._was_away = True
+            raise
+        if self._was_away:
+            # What broke this connection broke those for requests: better found out here than by a request each.
+            self._was_away = False
+            await asyncio.gather(*(self._try_connection() for _ in range(CONNECTIONS)))
+        if self._last_write_failed:
+            raise DegradedError("the last write failed")
+
+    async def _read_or_create_tables(self) -> None:
+        try:
+            await self._read_tables()
+        except DatabaseUnavailableError as error:
+            if not _lacks_tables(error.__cause__):
+                raise
+            _log.warning("the tables are gone, creating them", extra={"error": str(error.__cause__)})
+            async with self._in_time():
+                await self._create_tables()
+
+    async def _read_tables(self) -> None:
+        tables = (select(column).limit(1).scalar_subquery() for column in (Card.id, Publication.key))
+        async with self._in_time(), self._own.connect() as connection:
+            await connection.execute(select(*tables))
+
+    async def _try_connection(self) -> None:
+        with suppress(DatabaseUnavailableError):
+            async with self.session() as session:
+                await session.execute(select(1))
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
@@ -117,12 +187,33 @@ class Database:
 
         Raises: DatabaseUnavailableError, when the database is away or hangs. IntegrityError, as it is.
         """
+        async with self._in_time(), self._sessions() as session:
+            yield session
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncSession]:
+        """A session to change something in; ``ping`` tells whether the last one that got that far failed.
+
+        Raises: as ``session``.
+        """
         try:
-            async with asyncio.timeout(self._timeout), self._sessions() as session:
+            async with self.session() as session:
                 yield session
-        except (IntegrityError, DataError, ProgrammingError):  # the database answered: it is there
+        except DatabaseUnavailableError:
+            self._last_write_failed = True
+            raise
+        self._last_write_failed = False
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._timeout):
+                yield
+        except (IntegrityError, DataError):  # the database answered: it is there
             raise
         except _FAILURES as error:
+            if isinstance(error, ProgrammingError) and not _lacks_tables(error):
+                raise
             raise DatabaseUnavailableError("The database can't be reached: try again in a moment") from error
 
     @asynccontextmanager
@@ -137,3 +228,4 @@ class Database:
     async def aclose(self) -> None:
         """Closes all connections."""
         await self._engine.dispose()
+        await self._own.dispose()

@@ -11,9 +11,11 @@ from registry.fastapi import RegistryMiddleware, health_router, lifespan
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
-    database = Database(settings.database_url, settings.database_timeout)
+    database = Database(settings.database_url, settings.database_timeout, password=settings.database_password)
     app = FastAPI(
-        title=settings.name, lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=database.lifespan)
+        title=settings.name,
+        max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB
+        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=database.lifespan),
     )
     app.state.settings = settings
     app.state.database = database

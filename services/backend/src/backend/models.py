@@ -34,6 +34,14 @@ class Card(Base):
     updated_at: Mapped[datetime] = mapped_column(DateTime, default=utc_now, onupdate=utc_now)
 
 
+SEARCH_INDEX = "cards_search_text"
+CREATE_SEARCH_INDEX = (
+    "CREATE EXTENSION IF NOT EXISTS pg_trgm",
+    f"CREATE INDEX {SEARCH_INDEX} ON cards USING gin (search_text gin_trgm_ops)",
+)
+"""For Postgres: what finds a part of a word. In SQLite every search reads every card."""
+
+
 class Publication(Base):
     """The answer to a publish request that carried an Idempotency-Key; it outlives the card.
 

@@ -76,10 +76,26 @@ class CardView(BaseModel):
     updated_at: _Time
 
 
+EXCERPT_LENGTH = 500
+"""Characters."""
+
+
+class CardExcerpt(CardView):
+    """A stored card as a page shows it: with the beginning of its text."""
+
+    text: str = Field(
+        description="The first 500 characters.",
+        examples=["Services register themselves with Consul and call each other by name."],
+    )
+    complete: bool = Field(description="False: the text goes on; read the card by its id.", examples=[True])
+
+
 class CardPage(BaseModel):
     """One page of cards, newest first."""
 
-    items: list[CardView]
+    items: list[CardExcerpt] = Field(
+        description="At most `limit`, and as many as go into 256 kB: the next page begins at `offset` + their number."
+    )
     total: int = Field(description="Cards that match, on all pages.", examples=[1])
     limit: int = Field(examples=[20])
     offset: int = Field(examples=[0])

@@ -12,6 +12,8 @@ class Settings(ServiceSettings):
     port: int = 8002
     database_url: str = Field(default="sqlite+aiosqlite:///backend.db", validation_alias="DATABASE_URL")
     """SQLAlchemy URL. ``sqlite://`` and ``postgresql://`` get their asynchronous driver by themselves."""
+    database_password: str | None = Field(default=None, repr=False, validation_alias="DATABASE_PASSWORD")
+    """Takes the place of the URL's, where ``@``, ``/`` and ``%`` would have to be escaped."""
     database_timeout: float = Field(default=5.0, gt=0, validation_alias="DATABASE_TIMEOUT")
     """Seconds that a session may take before it is a 503: connecting and its statements together."""
     enrich_timeout: float = Field(default=2.0, gt=0)

@@ -34,6 +34,12 @@ class Answer(Generic[Body]):
     replayed: bool
 
 
+def read_header(response: httpx.Response, name: str) -> str | None:
+    """A header of an upstream's answer, if it can be passed on: printable ASCII and nothing else."""
+    value: str = response.headers.get(name, "")
+    return value if value and value.isascii() and value.isprintable() else None
+
+
 class _Upstream:
     def __init__(self, client: ServiceDiscoveryClient, timeout: float = 5.0) -> None:
         self._client = client
@@ -47,7 +53,7 @@ class _Upstream:
             raise UpstreamError(service, error) from error
         return Answer(
             body,
-            instance=response.headers.get("X-Service-Instance"),
+            instance=read_header(response, "X-Service-Instance"),
             replayed=response.headers.get("Idempotent-Replayed") == "true",
         )
 

@@ -5,7 +5,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from orchestrator.clients import UpstreamError
+from orchestrator.clients import UpstreamError, read_header
 from orchestrator.registry import RegistryError, RegistryUnavailableError, ServiceNotFoundError
 from orchestrator.schemas import Problem
 from registry.fastapi import refuse_invalid_request
@@ -50,10 +50,9 @@ async def _upstream_failed(_: Request, error: UpstreamError) -> Response:
     if isinstance(error.cause, httpx.HTTPStatusError):
         response = error.cause.response
         kept = {"Retry-After": "Retry-After", "X-Service-Instance": "X-Upstream-Instance"}
-        headers = {to: response.headers[name] for name, to in kept.items() if name in response.headers}
+        headers = {to: value for name, to in kept.items() if (value := read_header(response, name))}
         if response.is_client_error:  # the caller's to mend, so the caller gets it as it is
-            media_type = response.headers.get("Content-Type")
-            return Response(response.content, response.status_code, headers, media_type)
+            return Response(response.content, response.status_code, headers, read_header(response, "Content-Type"))
     status, words = status_and_words(error)
     if status == 503:
         headers.setdefault("Retry-After", "1")

@@ -1,16 +1,19 @@
 """How the upstreams are, in words: what Consul's checks say, and what a call by name meets right now."""
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
 
 import anyio.to_thread
 import httpx
 
-from orchestrator.clients import UPSTREAMS, UpstreamError
+from orchestrator.clients import UPSTREAMS, UpstreamError, read_header
 from orchestrator.errors import status_and_words
 from orchestrator.registry import RegistryError, ServiceDiscoveryClient, ServiceRegistry
 from orchestrator.schemas import HealthReport, Status, UpstreamHealth
-from orchestrator.topology import complaint, read_complaints, read_standing
+from orchestrator.topology import complaint, read_complaints, read_standing, says_degraded
+
+CONSUL = "consul"
 
 
 async def report_health(client: ServiceDiscoveryClient, registry: ServiceRegistry, timeout: float) -> HealthReport:
@@ -26,17 +29,31 @@ async def report_service(
     client: ServiceDiscoveryClient, registry: ServiceRegistry, service: str, timeout: float
 ) -> UpstreamHealth:
     """Ask one service by name; takes at most about ``timeout`` seconds. Raises nothing."""
-    (instance, trouble), (failing, checks) = await asyncio.gather(
-        _call(client, service, timeout),
+    met, (failing, checks) = await asyncio.gather(
+        _ask_consul(registry) if service == CONSUL else _call(client, service, timeout),
         anyio.to_thread.run_sync(partial(_checks, registry, service)),
     )
-    status: Status = "unhealthy" if trouble else "degraded" if failing else "healthy"
-    words = f"{trouble or f'{service} works'}; {checks}"
-    return UpstreamHealth(service=service, status=status, words=words, instance=instance)
+    status: Status = "degraded" if failing and met.status == "healthy" else met.status
+    return UpstreamHealth(service=service, status=status, words=f"{met.words}; {checks}", instance=met.instance)
 
 
-async def _call(client: ServiceDiscoveryClient, service: str, timeout: float) -> tuple[str | None, str | None]:
-    """Who answers a call by name, and what is wrong; nothing: it is answered, and healthy."""
+@dataclass(frozen=True)
+class _Met:
+    """What a question met."""
+
+    status: Status
+    words: str
+    instance: str | None = None
+
+
+async def _ask_consul(registry: ServiceRegistry) -> _Met:
+    """Consul registers itself under the port on which its servers talk to each other: no HTTP is spoken there."""
+    if await anyio.to_thread.run_sync(registry.is_healthy):
+        return _Met("healthy", f"{CONSUL} works")
+    return _Met("unhealthy", f"{CONSUL} can't be asked, or has no leader")
+
+
+async def _call(client: ServiceDiscoveryClient, service: str, timeout: float) -> _Met:
     try:
         async with asyncio.timeout(timeout):
             answer = await client.get(service, "/health", timeout=timeout / 2)
@@ -44,9 +61,12 @@ async def _call(client: ServiceDiscoveryClient, service: str, timeout: float) ->
         _, words = status_and_words(UpstreamError(service, error))
         if isinstance(error, httpx.HTTPStatusError):
             words += f": {complaint(error.response.text)}"
-            return error.response.headers.get("X-Service-Instance"), words
-        return None, words
-    return answer.headers.get("X-Service-Instance"), None
+            return _Met("unhealthy", words, read_header(error.response, "X-Service-Instance"))
+        return _Met("unhealthy", words)
+    instance = read_header(answer, "X-Service-Instance")
+    if says_degraded(answer.text):
+        return _Met("degraded", f"{service} works in part: {complaint(answer.text)}", instance)
+    return _Met("healthy", f"{service} works", instance)
 
 
 def _checks(registry: ServiceRegistry, service: str) -> tuple[bool, str]:

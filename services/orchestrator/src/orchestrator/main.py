@@ -21,9 +21,13 @@ async def open_registry(app: FastAPI) -> AsyncIterator[None]:
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
-    app = FastAPI(title=settings.name, lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=open_registry))
+    app = FastAPI(
+        title=settings.name,
+        max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB
+        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=open_registry),
+    )
     app.state.settings = settings
-    app.add_middleware(RegistryMiddleware)
+    app.add_middleware(RegistryMiddleware, trust_caller=False)
     add_error_handlers(app)
     app.include_router(health_router())
     app.include_router(routes.router)

@@ -16,10 +16,13 @@ def _unicode(value: str) -> str:
     return value
 
 
+# Generous ceilings, so that nothing is passed on that could not be right; the upstream has the last word.
+_Title = Annotated[str, Field(max_length=1_000, examples=["Service discovery with Consul"]), AfterValidator(_unicode)]
+_Tag = Annotated[str, Field(max_length=200), AfterValidator(_unicode)]
 _Text = Annotated[
     str,
     AfterValidator(_unicode),
-    Field(examples=["Services register themselves with Consul and call each other by name."]),
+    Field(max_length=110_000, examples=["Services register themselves with Consul and call each other by name."]),
 ]
 
 
@@ -48,11 +51,9 @@ class PublishRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    title: Annotated[str, AfterValidator(_unicode), Field(examples=["Service discovery with Consul"])]
+    title: _Title
     text: _Text
-    tags: list[Annotated[str, AfterValidator(_unicode)]] = Field(
-        default_factory=list, examples=[["consul", "discovery"]]
-    )
+    tags: list[_Tag] = Field(default_factory=list, max_length=100, examples=[["consul", "discovery"]])
 
 
 class PublishedCard(BaseModel):

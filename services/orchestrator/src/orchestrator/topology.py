@@ -63,6 +63,15 @@ def complaint(output: str) -> str:
             for name, state in components.items()
             if state["status"] != "healthy"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sick = []
-    return ", ".join(sick) or output.strip()[:200] or "no reason given"
+    words = ", ".join(sick) or output.strip()[:200] or "no reason given"
+    return words.encode(errors="replace").decode()  # JSON can name half of a surrogate pair, which no answer can hold
+
+
+def says_degraded(answer: str) -> bool:
+    """Whether this answer of ``/health`` says that a component works in part only. Any other service's is no."""
+    try:
+        return bool(json.loads(answer)["status"] == "degraded")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

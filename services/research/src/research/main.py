@@ -10,7 +10,7 @@ from research.settings import Settings
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
-    app = FastAPI(title=settings.name, lifespan=lifespan(settings, upstreams=clients.UPSTREAMS))
+    app = FastAPI(title=settings.name, max_body_size=2**21, lifespan=lifespan(settings, upstreams=clients.UPSTREAMS))
     app.state.settings = settings
     app.add_middleware(RegistryMiddleware)
     app.exception_handler(RequestValidationError)(refuse_invalid_request)

@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 from registry.presence.registrar import Registrar
 
-__all__ = ["ROOT", "Check", "find_state", "health_router"]
+__all__ = ["ROOT", "Check", "DegradedError", "find_state", "health_router"]
 
 logger = logging.getLogger("registry")
 
@@ -23,8 +23,16 @@ Check = Callable[[], Awaitable[object]]
 """An async function that returns when its component works, and raises when it does not."""
 
 
+class DegradedError(Exception):
+    """A check's way to say that its component works in part: that is told, and the instance stays in service.
+
+    The message is shown to whoever asks ``/health``.
+    """
+
+
 def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
-    """A router with ``GET /health``: 200 when every named check returns within ``timeout`` seconds, else 503.
+    """A router with ``GET /health``: 200 when every named check returns within ``timeout`` seconds, else 503. A check
+    that raises DegradedError is told as ``degraded``, with 200.
 
     The body is the same: ``{"status": "healthy", "components": {"database": {"status": "healthy"}}}``. Checks run side
     by side. Asked for ``?instance=<id>`` of another instance, or of its own once that was withdrawn, it answers 404, so
@@ -57,9 +65,10 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
             return JSONResponse({"status": "leaving", "components": {}}, status_code=503)
         states = await asyncio.gather(*(_state(name, check, timeout) for name, check in checks.items()))
         components = dict(zip(checks, states, strict=True))
-        healthy = all(state["status"] == "healthy" for state in states)
-        body = {"status": "healthy" if healthy else "unhealthy", "components": components}
-        return JSONResponse(body, status_code=200 if healthy else 503)
+        statuses = {state["status"] for state in states}
+        worst = next((status for status in ("unhealthy", "degraded") if status in statuses), "healthy")
+        body = {"status": worst, "components": components}
+        return JSONResponse(body, status_code=503 if worst == "unhealthy" else 200)
 
     return router
 
@@ -74,6 +83,8 @@ async def _state(name: str, check: Check, timeout: float) -> dict[str, Any]:
     try:
         async with asyncio.timeout(timeout) as limit:
             await check()
+    except DegradedError as error:
+        return {"status": "degraded", "error": str(error)}
     except Exception as error:
         if limit.expired():
             return {"status": "unhealthy", "error": f"no answer within {timeout:g} s"}
