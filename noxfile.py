@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "typecheck", "docs", "tests", "e2e"]
 
 ROOT = Path(__file__).parent
 LOCK = "requirements.lock"
-TYPED = ["packages", "services", "deploy", "benchmarks", "tests", "conftest.py", "noxfile.py"]
+TYPED = ["packages", "services", "demo", "deploy", "tools", "benchmarks", "tests", "conftest.py", "noxfile.py"]
 
 
 @nox.session
@@ -62,7 +62,7 @@ def e2e(session: nox.Session) -> None:
     install(session)
     # Where no engine answers, root on Debian gets one for as long as it takes. After Ctrl-C, all is removed first.
     session.run(
-        *("bash", "deploy/ci/docker.sh", "run", "pytest", "tests/e2e", "--junitxml=.e2e/junit.xml"),
+        *("bash", "tools/docker.sh", "run", "pytest", "tests/e2e", "--junitxml=.e2e/junit.xml"),
         *session.posargs,
         external=True,
         interrupt_timeout=60.0,
@@ -74,7 +74,7 @@ def e2e(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the site into .site/html, strictly: every link, anchor and public name has to be there."""
     install(session)
-    session.run("python", "-m", "deploy.docs")
+    session.run("python", "-m", "tools.docs")
 
 
 @nox.session(venv_backend="none")
@@ -88,7 +88,7 @@ def demo(session: nox.Session) -> None:
     """Start Consul and the services as local processes; `-- --once` shows the tour and leaves."""
     install(session)
     # After Ctrl-C the services withdraw from Consul and drain before they end.
-    session.run("python", "-m", "deploy.local.demo", *session.posargs, interrupt_timeout=15.0)
+    session.run("python", "-m", "demo", *session.posargs, interrupt_timeout=15.0)
 
 
 @nox.session
@@ -123,7 +123,7 @@ def new_service(session: nox.Session) -> None:
     """Make the next service from templates/service and wire it in: `-- billing 8004`."""
     install(session)
     before = members()
-    session.run("python", "-m", "deploy.new_service", *session.posargs)
+    session.run("python", "-m", "tools.new_service", *session.posargs)
     if members() != before:
         compile_lock_anywhere(session, LOCK)
 
@@ -132,7 +132,7 @@ def new_service(session: nox.Session) -> None:
 def release(session: nox.Session) -> None:
     """Build the package into dist/ and try it out as a newcomer would; `-- v0.1.0`: only if it may be released so."""
     install(session)
-    session.run("python", "-m", "deploy.release", *session.posargs)
+    session.run("python", "-m", "tools.release", *session.posargs)
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     session.run("uv", "build", "--quiet", "packages/registry", "--out-dir", "dist")
     session.run("twine", "check", "--strict", *(str(file) for file in ROOT.glob("dist/registry-*")))

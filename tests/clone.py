@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deploy.services import ROOT
+from tools.services import ROOT
 
 __all__ = ["clone", "run", "succeed"]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import anyio.to_thread
 import httpx
 
-from deploy.services import ROOT, SERVICES
 from registry import ServiceRegistry
 from registry.testing.agent import ConsulAgent
 from registry.testing.ports import free_ports
 from tests.programs import find_program
+from tools.services import ROOT, SERVICES
 
 CONFIGURATION = ROOT / "deploy/compose/haproxy.cfg"
 START_SECONDS = 30.0

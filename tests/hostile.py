@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from deploy.services import ROOT
+from tools.services import ROOT
 
 HEAD = b"POST /api/publish HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
 

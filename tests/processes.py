@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from deploy.services import SERVICES
 from registry import Instance, ServiceRegistry
 from registry.testing.agent import ConsulAgent
 from registry.testing.ports import free_ports
+from tools.services import SERVICES
 
 START_SECONDS = 60.0
 

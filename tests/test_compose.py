@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from deploy.compose import images
-from deploy.services import SERVICES as TABLE
 from registry import ServiceSettings
+from tools.services import SERVICES as TABLE
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "deploy/compose"

@@ -15,8 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from deploy.services import SERVICES
 from registry.testing.ports import free_ports
+from tools.services import SERVICES
 
 ROOT = Path(__file__).parents[1]
 BACKEND = 1 + [service.name for service in SERVICES].index("backend-api")
@@ -44,7 +44,7 @@ def demo(
     """The demo as a process of its own."""
     variables = {"TMPDIR": str(temporary), "CONSUL_BIN": str(consul), "COLUMNS": "120", **environment}
     process = subprocess.Popen(
-        [sys.executable, "-m", "deploy.local.demo", *options, "--ports", *map(str, ports)],
+        [sys.executable, "-m", "demo", *options, "--ports", *map(str, ports)],
         cwd=ROOT,
         env=os.environ | variables,
         stdout=subprocess.PIPE,

@@ -32,11 +32,11 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.services import SERVICES
 from registry import ServiceRegistry
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
 from tests.pages import Block, Shell, blocks, check_output
+from tools.services import SERVICES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("services/*/README.md")])

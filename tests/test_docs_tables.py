@@ -15,9 +15,9 @@ import registry
 import registry.environment
 import registry.fastapi
 import registry.testing.binary
-from deploy.services import SERVICES
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
 from registry.conformance import PROMISES
+from tools.services import SERVICES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.services import SERVICES
 from registry.testing.agent import ConsulAgent
 from tests.edge import Edge, Replica, replicas, running_edge, until
 from tests.hostile import failures, slow_bodies
 from tests.processes import running_services
+from tools.services import SERVICES
 
 BACKEND, NAMES = "backend-api", [service.name for service in SERVICES]
 OTHERS = [name for name in NAMES if name != BACKEND]

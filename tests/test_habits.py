@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.services import ROOT
+from tools.services import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 HOOKS = ROOT / ".pre-commit-config.yaml"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.services import ROOT
 from tests.clone import run, succeed
+from tools.services import ROOT
 
 COMPOSE = "deploy/compose/docker-compose.yml"
 
@@ -18,7 +18,7 @@ COMPOSE = "deploy/compose/docker-compose.yml"
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of billing-api's own."""
     folder = tmp_path_factory.mktemp("alone") / "billing"
-    succeed(ROOT, "-m", "deploy.new_service", "billing", "8004", "--standalone", str(folder))
+    succeed(ROOT, "-m", "tools.new_service", "billing", "8004", "--standalone", str(folder))
     return folder
 
 
@@ -64,6 +64,6 @@ def test_its_containers_join_a_running_consul(repository: Path) -> None:
 @pytest.mark.parametrize("folder", [ROOT / "services" / "new", ROOT.parent])
 def test_a_repository_needs_a_place_of_its_own(folder: Path) -> None:
     """A folder inside this repository, or one with something in it, is refused."""
-    refused = run(ROOT, "-m", "deploy.new_service", "billing", "8004", "--standalone", str(folder))
+    refused = run(ROOT, "-m", "tools.new_service", "billing", "8004", "--standalone", str(folder))
     assert refused.returncode == 1
     assert "choose a folder" in refused.stderr

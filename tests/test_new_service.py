@@ -13,12 +13,12 @@ import httpx
 import pytest
 import yaml
 
-from deploy.services import SERVICES
 from registry import ConsulSettings
 from registry.conformance import examine
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
 from tests.clone import clone, run, succeed
+from tools.services import SERVICES
 
 COMPOSE = "deploy/compose/docker-compose.yml"
 
@@ -63,7 +63,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_can_not_be_made_is_refused(copy: Path, name: str, port: str, reason: str) -> None:
     """A bad, reserved or taken name or port is refused in a sentence, and nothing was written."""
-    refused = run(copy, "-m", "deploy.new_service", name, port)
+    refused = run(copy, "-m", "tools.new_service", name, port)
     assert refused.returncode == 1
     assert reason in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
@@ -72,14 +72,14 @@ def test_what_can_not_be_made_is_refused(copy: Path, name: str, port: str, reaso
 
 def test_a_service_to_call_must_exist(copy: Path) -> None:
     """The example of a new service calls one that is there."""
-    refused = run(copy, "-m", "deploy.new_service", "billing", "8004", "--calls", "nobody-api")
+    refused = run(copy, "-m", "tools.new_service", "billing", "8004", "--calls", "nobody-api")
     assert (refused.returncode, "no service 'nobody-api' to call" in refused.stderr) == (1, True)
     assert succeed(copy, "git", "status", "--porcelain") == ""
 
 
 def test_a_failure_on_the_way_leaves_nothing(copy: Path) -> None:
     """When something breaks after the first file was written, all is as it was."""
-    broken = run(copy, "-m", "deploy.new_service", "billing", "8004", PYTHONPATH=str(_broken_ruff(copy.parent)))
+    broken = run(copy, "-m", "tools.new_service", "billing", "8004", PYTHONPATH=str(_broken_ruff(copy.parent)))
     assert broken.returncode != 0
     assert succeed(copy, "git", "status", "--porcelain") == ""
 
@@ -147,7 +147,7 @@ def test_the_demo_has_the_new_service(made: Path, tmp_path: Path, consul_binary:
     python = str(made / ".nox/tests/bin/python")
     ports = free_ports(3 + len(SERVICES))
     variables = {"CONSUL_BIN": str(consul_binary), "TMPDIR": str(tmp_path), "COLUMNS": "120"}
-    output = succeed(made, python, "-m", "deploy.local.demo", "--once", "--ports", *map(str, ports), **variables)
+    output = succeed(made, python, "-m", "demo", "--once", "--ports", *map(str, ports), **variables)
     for name in ("billing-api", "gift-cards-api"):
         assert re.search(rf"│ {name} +│ {name}-127\.0\.0\.1-\d+ +│ healthy +│", output), "called by name"
         assert re.search(rf"│ {name}-127\.0\.0\.1-\d+ +│ +\d+ │ passing ", output)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.release import changelog_obstacles, main, tag_obstacles, tree_obstacles, version
-from deploy.services import ROOT
 from tests.clone import succeed
+from tools.release import changelog_obstacles, main, tag_obstacles, tree_obstacles, version
+from tools.services import ROOT
 
 PACKAGE = ROOT / "packages/registry"
 

@@ -14,9 +14,9 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.core.result import Ok
 from schemathesis.generation import GenerationMode
 
-from deploy.services import SERVICES
 from registry.testing.agent import ConsulAgent
 from tests.processes import running_services
+from tools.services import SERVICES
 
 CASES = 300
 """Of each service, half of them against the schema."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.docs import __main__ as site
+from tools.docs import __main__ as site
 
 README = """# Home
 

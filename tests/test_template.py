@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from deploy.new_service.render import render
-from deploy.new_service.wiring import MARKS
-from deploy.services import ROOT, SERVICES, Service
+from tools.new_service.render import render
+from tools.new_service.wiring import MARKS
+from tools.services import ROOT, SERVICES, Service
 
 
 def rendered(service: Service, folder: Path) -> Path:

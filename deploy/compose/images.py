@@ -23,8 +23,8 @@ from deploy.compose.stack import (
     image_label,
     read_env,
 )
-from deploy.services import ROOT
 from registry.testing.agent import ConsulNotFoundError, find_consul
+from tools.services import ROOT
 
 __all__ = ["choose_images", "make_missing_images"]
 

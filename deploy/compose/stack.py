@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.services import ROOT
+from tools.services import ROOT
 
 __all__ = [
     "HERE",
@@ -34,7 +34,7 @@ LOCAL_IMAGES = HERE / "local-images.env"
 _ANSWER_SECONDS = 20.0
 _NO_ENGINE = """\
 No Docker engine answers: {reason}
-Start Docker; on a Debian machine without one, as root: deploy/ci/docker.sh start"""
+Start Docker; on a Debian machine without one, as root: tools/docker.sh start"""
 _NO_COMPOSE = """\
 Docker Compose was not found. Install it (the plugin `docker compose`, version 2, is best; `docker-compose` 1.29 works),
 or set DOCKER_COMPOSE to the command that runs it."""

@@ -15,9 +15,9 @@ from rich.live import Live
 from deploy.compose.images import choose_images
 from deploy.compose.stack import Stack, StackError, check_engine
 from deploy.compose.view import Row, rows, table
-from deploy.services import SERVICES
 from registry import ServiceRegistry
 from registry.testing.agent import ConsulNotFoundError
+from tools.services import SERVICES
 
 _START_SECONDS = 120.0
 _PAUSE = 0.2

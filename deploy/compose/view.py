@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.compose.stack import Container, Stack
-from deploy.services import SERVICES
 from registry import RegistryUnavailableError, ServiceRegistry
+from tools.services import SERVICES
 
 __all__ = ["Row", "rows", "table"]
 

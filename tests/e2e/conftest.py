@@ -12,9 +12,9 @@ import pytest
 
 from deploy.compose.images import choose_images
 from deploy.compose.stack import StackError, check_engine
-from deploy.services import ROOT
 from tests.e2e.report import Row, markdown, write
 from tests.e2e.system import BACKENDS, System, running
+from tools.services import ROOT
 
 FOLDER = ROOT / ".e2e"
 PUBLISHED = ROOT / "docs" / "e2e"

@@ -18,9 +18,9 @@ import httpx
 from docker.models.containers import Container
 
 from deploy.compose.stack import HERE, Stack
-from deploy.services import ROOT, SERVICES, Service
 from registry import RegistryUnavailableError, ServiceRegistry
 from registry.testing.ports import free_ports
+from tools.services import ROOT, SERVICES, Service
 
 PROJECT = "registry-e2e"
 PASSWORD = "p@ss/50%:#"

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from deploy.compose.stack import HERE
-from deploy.services import ROOT
 from tests.e2e.system import System
+from tools.services import ROOT
 
 _INSTALL = """
 export DEBIAN_FRONTEND=noninteractive

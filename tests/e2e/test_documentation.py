@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from deploy.compose.stack import compose_command
-from deploy.services import ROOT, SERVICES
 from tests.e2e.system import BACKENDS, System
 from tests.pages import Block, Shell, blocks
+from tools.services import ROOT, SERVICES
 
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
 COMMANDS = [

@@ -8,10 +8,10 @@ import httpx
 
 from deploy.compose.images import choose_images
 from deploy.compose.stack import compose_command
-from deploy.services import SERVICES
 from registry.testing.ports import free_ports
 from tests.clone import clone, run, succeed
 from tests.e2e.system import wait_until
+from tools.services import SERVICES
 
 PROJECT = "registry-e2e-new"
 NETWORK_PREFIX = "10.213.86"

@@ -7,9 +7,9 @@ import dns.query
 import dns.rdatatype
 import pytest
 
-from deploy.services import SERVICES, Service
 from tests.e2e.report import Row
 from tests.e2e.system import BACKENDS, System, run_in
+from tools.services import SERVICES, Service
 
 CARD = {"title": "Consul knows who is healthy", "text": "Every service registers with Consul.", "tags": ["consul"]}
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.services import ROOT
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
 from tests.pages import Block, blocks
+from tools.services import ROOT
 
 # A reader's session as one program: what the page says is typed into Python stands below this.
 _PRELUDE = """\

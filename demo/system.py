@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from rich.table import Table
 from rich.text import Text
 
-from deploy.local.processes import DemoError, Process, Processes, clean_environment, uvicorn_command
-from deploy.services import SERVICES
+from demo.processes import DemoError, Process, Processes, clean_environment, uvicorn_command
 from registry import RegistryUnavailableError, ServiceRegistry
 from registry.testing.ports import free_ports, is_free
+from tools.services import SERVICES
 
 __all__ = ["Ports", "Row", "System"]
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from deploy.local.processes import DemoError
-from deploy.local.system import System
+from demo.processes import DemoError
+from demo.system import System
 from registry import RegistryError, ServiceDiscoveryClient
 
 __all__ = ["show_tour", "stay"]

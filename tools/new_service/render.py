@@ -7,8 +7,8 @@ from typing import Any
 
 import copier
 
-from deploy.new_service.request import Request
-from deploy.services import ROOT
+from tools.new_service.request import Request
+from tools.services import ROOT
 
 __all__ = ["answers", "format_code", "render"]
 

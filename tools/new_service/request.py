@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from deploy.services import ROOT, SERVICES
+from tools.services import ROOT, SERVICES
 
 __all__ = ["Request", "RequestError", "check", "check_folder"]
 

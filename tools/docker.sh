@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A Docker engine where none answers, on Debian and as root: for CI and for closed networks.
-#   deploy/ci/docker.sh start   installs (Debian's packages) and starts an engine and Compose, unless they are there
-#   deploy/ci/docker.sh run COMMAND…   runs it with an engine, which is ended again if none answered before
-#   deploy/ci/docker.sh stop    ends the engine that `start` started; one that was there before is left alone
+#   tools/docker.sh start   installs (Debian's packages) and starts an engine and Compose, unless they are there
+#   tools/docker.sh run COMMAND…   runs it with an engine, which is ended again if none answered before
+#   tools/docker.sh stop    ends the engine that `start` started; one that was there before is left alone
 set -euo pipefail
 
 state=${REGISTRY_DOCKER_STATE:-/var/tmp/registry-docker}

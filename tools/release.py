@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from deploy.services import ROOT
+from tools.services import ROOT
 
 __all__ = ["changelog_obstacles", "main", "tag_obstacles", "tree_obstacles", "version"]
 

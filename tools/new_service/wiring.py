@@ -1,12 +1,12 @@
 """The places outside its folder that name a service: each has a mark, above which a rendered block is put.
 
-What can go by services/* or by ``deploy.services`` does so and is not here.
+What can go by services/* or by ``tools.services`` does so and is not here.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.services import ROOT
+from tools.services import ROOT
 
 __all__ = ["MARKS", "wire"]
 

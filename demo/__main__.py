@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.live import Live
 
-from deploy.local.processes import DemoError, Processes
-from deploy.local.system import Ports, System
-from deploy.local.tour import show_tour, stay
-from deploy.services import SERVICES
+from demo.processes import DemoError, Processes
+from demo.system import Ports, System
+from demo.tour import show_tour, stay
 from registry.testing.agent import ConsulNotFoundError, ConsulStartError, find_consul, running_agent
+from tools.services import SERVICES
 
 _START_SECONDS = 60.0
 

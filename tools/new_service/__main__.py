@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.new_service.request import Request, RequestError, check, check_folder
-from deploy.services import ROOT
+from tools.new_service.request import Request, RequestError, check, check_folder
+from tools.services import ROOT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add(request: Request) -> None:
     # Not at the top: a request that is refused need not wait for copier.
-    from deploy.new_service.render import answers, format_code, render
-    from deploy.new_service.wiring import wire
+    from tools.new_service.render import answers, format_code, render
+    from tools.new_service.wiring import wire
 
     folder = ROOT / "services" / request.package
     with tempfile.TemporaryDirectory() as name:
@@ -66,7 +66,7 @@ def _add(request: Request) -> None:
 
 
 def _make_repository(request: Request, folder: Path) -> None:
-    from deploy.new_service.render import answers, format_code, render
+    from tools.new_service.render import answers, format_code, render
 
     try:
         render("service", folder, answers(request, standalone=True))
