@@ -9,7 +9,8 @@ import httpx
 
 from benchmarks.clients import PATH, Target
 from registry import ConsulResolver, ConsulSettings, Instance, ServiceDiscoveryClient, StaticResolver
-from registry.discovery.balancing import Endpoint, power_of_two_choices
+from registry.discovery.balancing import power_of_two_choices
+from registry.discovery.endpoint import Endpoint
 from registry.discovery.pool import Pool
 from registry.discovery.upstream import Upstream
 from registry.testing.server import Answer, Request, recording_server

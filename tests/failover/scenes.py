@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import httpx
 
-from registry import ConsulResolver, ConsulSettings, ServiceDiscoveryClient
+from registry import ConsulResolver, ConsulSettings, EjectionPolicy, ServiceDiscoveryClient
 from registry.testing.agent import ConsulAgent
 from registry.testing.instances import RunningInstance, received, running_instances
 from registry.testing.load import Load, Report
@@ -65,12 +65,14 @@ class Ours:
 
 
 @asynccontextmanager
-async def connect_ours(agent: ConsulAgent, service: str, timeout: float) -> AsyncIterator[Client]:
+async def connect_ours(
+    agent: ConsulAgent, service: str, timeout: float, ejection: EjectionPolicy | None = None
+) -> AsyncIterator[Client]:
     """Ours, warm, with every other setting as it comes."""
     settings = ConsulSettings.model_validate({"host": "127.0.0.1", "port": agent.http_port, "token": agent.token})
     resolver = ConsulResolver(settings, upstreams=[service])
     await resolver.start()
-    async with ServiceDiscoveryClient(resolver, timeout=timeout) as client:
+    async with ServiceDiscoveryClient(resolver, timeout=timeout, ejection=ejection) as client:
         yield Ours(client, service)
 
 

@@ -3,9 +3,11 @@
 Times are asserted only where the promise is a time. `pytest -s` shows what was counted.
 """
 
+from functools import partial
+
 import pytest
 
-from registry.discovery import balancing, pool
+from registry import EjectionPolicy
 from registry.testing.fixtures import ConsulAgent
 from tests.failover import scenes
 from tests.failover.scenes import Absence, ConsulFault, Outage, Scene, Sickness
@@ -46,27 +48,24 @@ async def test_a_hung_instance_costs_one_timeout_each_at_most(consul_agent: Cons
 
 
 async def test_a_hung_instance_is_tried_again_at_nobodys_cost(
-    consul_agent: ConsulAgent, monkeypatch: pytest.MonkeyPatch
+    consul_agent: ConsulAgent,
 ) -> None:
     """Once its time-outs are forgotten (shortened here) it is tried a few times more, and no caller waits for it."""
-    monkeypatch.setattr(balancing, "MAX_PEAKS", 0)
-    scene = counted(await scenes.stop_one_of_two(consul_agent, seconds=6.0))
+    forgetful = partial(scenes.connect_ours, ejection=EjectionPolicy(latency_peaks=0))
+    scene = counted(await scenes.stop_one_of_two(consul_agent, forgetful, seconds=6.0))
     assert scene.report.errors == {}
     assert scene.figures["slow_later"] == 0
     assert 0 < scene.figures["tried_again"] <= 2 * CALLERS
 
 
 @pytest.mark.parametrize("sickness", ["500 always", "500 on half", "300 ms slow"])
-async def test_a_sick_instance_is_avoided_until_it_heals(
-    consul_agent: ConsulAgent, monkeypatch: pytest.MonkeyPatch, sickness: Sickness
-) -> None:
+async def test_a_sick_instance_is_avoided_until_it_heals(consul_agent: ConsulAgent, sickness: Sickness) -> None:
     """Errors and slowness reach no caller, the sick one gets under 5 % from two seconds on, and returns when it heals.
 
     Its ejection is shortened from 30 s, and so is the memory of latencies, for the test not to wait that long.
     """
-    monkeypatch.setattr(pool, "EJECTION", 3.0)
-    monkeypatch.setattr(balancing, "MAX_PEAKS", 2)
-    scene = counted(await scenes.sicken_one_of_three(consul_agent, sickness))
+    forgetful = partial(scenes.connect_ours, ejection=EjectionPolicy(seconds=3.0, latency_peaks=2))
+    scene = counted(await scenes.sicken_one_of_three(consul_agent, sickness, forgetful))
     assert scene.report.errors == {}
     assert scene.figures["share"] < 0.05
 

@@ -12,20 +12,23 @@ from hypothesis import strategies as st
 
 from registry import Instance
 from registry.discovery.balancing import (
-    DECAY,
-    MAX_PEAKS,
     Candidates,
-    Endpoint,
     Pick,
+    Policy,
     named_pick,
     power_of_two_choices,
     random_choice,
     round_robin,
 )
 from registry.discovery.blame import Failure
+from registry.discovery.endpoint import Endpoint
+from registry.discovery.options import EjectionPolicy
 from registry.discovery.pool import Pool
 from registry.errors import InvalidInputError
 
+POLICY = EjectionPolicy()
+DECAY = POLICY.latency_decay
+MAX_PEAKS = POLICY.latency_peaks
 FORGET = 8 * DECAY * 2**MAX_PEAKS
 """Seconds after which nothing is left of a latency, however often it was seen."""
 
@@ -138,7 +141,7 @@ def test_policies_have_names_and_functions_are_policies() -> None:
     assert named_pick(first) is first
     assert Fleet([1, 1, 1], first).shares(100)["i0"] == 1.0
     with pytest.raises(InvalidInputError, match="'p2c', 'random', 'round_robin'"):
-        named_pick("least_conn")
+        named_pick("least_conn")  # type: ignore[arg-type]
 
 
 def test_slow_instance_is_avoided_and_tried_again() -> None:
@@ -248,7 +251,7 @@ def _steps(call: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("policy", ["p2c", "random", "round_robin"])
 @pytest.mark.parametrize("weights", [[1], [1, 2, 5]], ids=["equal", "weighted"])
-def test_pick_takes_as_many_steps_among_ten_thousand_as_among_three(policy: str, weights: list[int]) -> None:
+def test_pick_takes_as_many_steps_among_ten_thousand_as_among_three(policy: Policy, weights: list[int]) -> None:
     """Counted, not timed: a pick does the same work whatever the size of the fleet."""
 
     def most(size: int) -> int:

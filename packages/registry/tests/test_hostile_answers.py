@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from registry import ConnectionOptions, ResponseTooLargeError, ServiceDiscoveryClient, StaticResolver
-from registry.discovery.balancing import Candidates, Endpoint
+from registry.discovery.balancing import Candidates
+from registry.discovery.endpoint import Endpoint
 from tests.support.raw import OK, RawServer, raw_servers
 
 OPTIONS = ConnectionOptions(max_response_size=2_000_000)

@@ -11,22 +11,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from registry import Instance, NoHealthyInstanceError
-from registry.discovery.balancing import Endpoint
 from registry.discovery.blame import Failure
-from registry.discovery.pool import (
-    DOUBT,
-    EJECTION,
-    FAILURES_TO_EJECT,
-    KEEP_GONE,
-    LEAD,
-    MAX_EJECTION,
-    MAX_GONE,
-    MAX_REFUSED,
-    PROBE_EVERY,
-    REFUSED,
-    Pool,
-)
+from registry.discovery.endpoint import Endpoint
+from registry.discovery.options import EjectionPolicy
+from registry.discovery.pool import LEAD, Pool
 
+POLICY = EjectionPolicy()
+DOUBT = POLICY.doubt
+EJECTION = POLICY.seconds
+FAILURES_TO_EJECT = POLICY.failures
+KEEP_GONE = POLICY.remember
+MAX_EJECTION = POLICY.max_seconds
+MAX_GONE = POLICY.remember_at_most
+MAX_REFUSED = POLICY.max_refused
+PROBE_EVERY = POLICY.probe_interval
+REFUSED = POLICY.refused
 NOT_SENT, SENT = Failure.NOT_SENT, Failure.SENT
 
 
@@ -519,10 +518,10 @@ def known_endpoints() -> int:
     return sum(isinstance(each, Endpoint) for each in gc.get_objects())
 
 
-def test_memory_is_bounded_over_many_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_over_many_changes() -> None:
     """A thousand changes that replace every instance within a minute: no more is remembered than was meant to be."""
-    monkeypatch.setattr("registry.discovery.pool.MAX_GONE", 500)
-    before, pool = known_endpoints(), Pool("cards", clock=Clock())
+    policy = EjectionPolicy(remember_at_most=500)
+    before, pool = known_endpoints(), Pool("cards", clock=Clock(), policy=policy)
     for change in range(1_000):
         pool.update(tuple(Instance(f"i{change}-{n}", "cards", "10.0.0.1", 1 + n) for n in range(50)))
         endpoint = pool.pick((), safe=True)

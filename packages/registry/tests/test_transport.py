@@ -20,8 +20,9 @@ from registry import (
     StaticResolver,
 )
 from registry.discovery import context
-from registry.discovery.balancing import Candidates, Endpoint
+from registry.discovery.balancing import Candidates
 from registry.discovery.blame import Failure
+from registry.discovery.endpoint import Endpoint
 from registry.model import Snapshot
 from registry.testing.server import Answer, Request, Serve
 

@@ -2,7 +2,7 @@
 
 from registry.client import ServiceDiscoveryClient
 from registry.consul.resolver import ConsulResolver
-from registry.discovery.options import ConnectionOptions
+from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.resolver import Resolver, StaticResolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.transport import DiscoveryTransport
@@ -24,6 +24,7 @@ __all__ = [
     "ConsulResolver",
     "ConsulSettings",
     "DiscoveryTransport",
+    "EjectionPolicy",
     "Instance",
     "InvalidInputError",
     "NoHealthyInstanceError",

@@ -11,9 +11,9 @@ from typing import Any, Protocol, Self, runtime_checkable
 import httpx
 from httpx._types import HeaderTypes
 
-from registry.discovery.balancing import Pick
+from registry.discovery.balancing import Policy
 from registry.discovery.call import Terms
-from registry.discovery.options import ConnectionOptions
+from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.redirects import Way
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
@@ -44,7 +44,7 @@ class ServiceDiscoveryClient:
     ``registry``: a ServiceRegistry, or any Resolver. ``timeout``: seconds that one attempt may take; connecting takes
     at most 2 of them. ``deadline``: seconds for the whole call, by default twice the timeout. ``max_retries``:
     attempts in total, at least 1; each goes to an instance not yet tried, and only once all were tried comes a
-    back-off that grows from ``retry_delay`` seconds.
+    back-off that grows from ``retry_delay`` seconds. ``retry``: all of that and more, in place of these two.
     """
 
     def __init__(
@@ -55,8 +55,10 @@ class ServiceDiscoveryClient:
         retry_delay: float = 1.0,
         *,
         deadline: float | None = None,
-        policy: str | Pick = "p2c",
+        policy: Policy = "p2c",
         hedge: bool = False,
+        retry: RetryPolicy | None = None,
+        ejection: EjectionPolicy | None = None,
         connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -65,7 +67,8 @@ class ServiceDiscoveryClient:
         self._hedge = hedge
         self._transport = DiscoveryTransport(
             registry.resolver() if isinstance(registry, _HasResolver) else registry,
-            retry=RetryPolicy(max_retries, retry_delay),
+            retry=retry or RetryPolicy(max_retries, retry_delay),
+            ejection=ejection,
             deadline=self._deadline,
             policy=policy,
             connections=connections,

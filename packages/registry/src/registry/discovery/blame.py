@@ -25,7 +25,7 @@ an unknown way must not attract calls by failing quickly.
 """
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from enum import Enum
 from typing import NamedTuple
 
@@ -67,13 +67,15 @@ _SUCCESS = Verdict(None, Blame.NOBODY)
 _BROKEN = (httpx.ReadTimeout, httpx.WriteTimeout, httpx.NetworkError, httpx.RemoteProtocolError, httpx.DecodingError)
 
 
-def judge(outcome: httpx.Response | Exception, *, tls: bool = False) -> Verdict:
+def judge(
+    outcome: httpx.Response | Exception, *, tls: bool = False, failures: Container[int] = range(500, 600)
+) -> Verdict:
     """What the outcome of one attempt means, by the table above; but for time-outs, where it takes the worst case.
 
-    ``tls``: the instance says of itself that it speaks TLS.
+    ``tls``: the instance says of itself that it speaks TLS. ``failures``: the statuses that are.
     """
     if isinstance(outcome, httpx.Response):
-        return Verdict(Failure.SENT, Blame.INSTANCE) if outcome.status_code >= 500 else _SUCCESS
+        return Verdict(Failure.SENT, Blame.INSTANCE) if outcome.status_code in failures else _SUCCESS
     if isinstance(outcome, (httpx.ConnectError, httpx.ConnectTimeout)):
         causes = list(_causes(outcome))
         if any(isinstance(cause, ssl.SSLError) for cause in causes):

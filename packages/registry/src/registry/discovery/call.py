@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import httpx
 
 from registry.discovery import context
-from registry.discovery.balancing import Endpoint
 from registry.discovery.blame import Blame, Verdict, judge
+from registry.discovery.endpoint import Endpoint
 from registry.discovery.retry import is_idempotent, retry_after
 from registry.discovery.upstream import Upstream
 
@@ -108,7 +108,11 @@ class Call:
         """What the outcome of an attempt that took so long means. Raises: what the request's own source raised."""
         if self._source is not None and self._source.error is not None:
             raise self._source.error
-        verdict = judge(outcome, tls=endpoint.instance.scheme == "https")
+        verdict = judge(
+            outcome,
+            tls=endpoint.instance.scheme == "https",
+            failures=self.upstream.retry.failure_statuses,
+        )
         if verdict.blame is Blame.INSTANCE and isinstance(outcome, httpx.TimeoutException):
             patience = self.terms.patience
             if (patience is None or seconds < patience) and not self.upstream.is_long(seconds):

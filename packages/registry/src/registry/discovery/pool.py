@@ -9,41 +9,31 @@ import random
 import time
 from collections.abc import Callable, Collection, Set
 
-from registry.discovery.balancing import Candidates, Endpoint, Pick, power_of_two_choices
+from registry.discovery.balancing import Candidates, Pick, power_of_two_choices
 from registry.discovery.blame import Failure
+from registry.discovery.endpoint import Endpoint
+from registry.discovery.options import EjectionPolicy
 from registry.errors import NoHealthyInstanceError
 from registry.model import Key, Snapshot
 
 __all__ = ["Pool"]
 
-FAILURES_TO_EJECT = 5
-EJECTION = 30.0
-MAX_EJECTION = 300.0
-REFUSED = 0.1
-"""Seconds of the first ejection after a refused connection, and of the first failing fast; both double."""
-MAX_REFUSED = 0.8
-"""A returning instance must be found within a second."""
-DEAR = 0.5
-"""Seconds from which an attempt to connect was no refusal but a time-out, which is dear to find out again."""
-DOUBT = 10.0
-"""Seconds after a bad answer that calls which can't be sent again go elsewhere, to leave the finding out to others."""
-PROBE_EVERY = 0.1
-"""Seconds between probes, of whichever endpoint: the retry budget pays for failed ones, and gives 10 a second."""
-KEEP_GONE = 60.0
-"""Seconds that an endpoint which Consul no longer lists is remembered while others serve."""
-MAX_GONE = 10_000
-"""So many of them are remembered, the last that left."""
 LEAD = 4.0
-"""Turns that an endpoint may be ahead or behind: one that was avoided must not make up for all it missed."""
+"""Turns that an endpoint may be ahead or behind: caps the share that a returning endpoint may claim back."""
 
 
 class Pool:
     """Tracks the endpoints of one (service, tag). One event loop, no lock, no I/O."""
 
     def __init__(
-        self, service: str, pick: Pick = power_of_two_choices, clock: Callable[[], float] = time.monotonic
+        self,
+        service: str,
+        pick: Pick = power_of_two_choices,
+        clock: Callable[[], float] = time.monotonic,
+        policy: EjectionPolicy | None = None,
     ) -> None:
         self.service = service
+        self._policy = policy or EjectionPolicy()
         self.snapshot: Snapshot = ()
         self.endpoints: dict[Key, Endpoint] = {}
         """What Consul lists as passing."""
@@ -72,16 +62,16 @@ class Pool:
         best = min((endpoint.latency(now) for endpoint in before.values() if not endpoint.ejected_until), default=0.0)
         for instance in snapshot:
             key = instance.key
-            endpoint = before.pop(key, None) or Endpoint(instance, best, now)
+            endpoint = before.pop(key, None) or Endpoint(instance, best, now, self._policy)
             endpoint.instance = instance
             self.endpoints[key] = endpoint
         gone = self.gone | {key: (endpoint, now) for key, endpoint in before.items()}
         kept = [
             (key, (endpoint, since))
             for key, (endpoint, since) in gone.items()
-            if key not in self.endpoints and now - since < KEEP_GONE and (lost is None or key in lost)
+            if key not in self.endpoints and now - since < self._policy.remember and (lost is None or key in lost)
         ]
-        self.gone = dict(kept[-MAX_GONE:])
+        self.gone = dict(kept[-self._policy.remember_at_most :])
         self._rebuild()
 
     def pick(self, tried: Collection[Endpoint], *, safe: bool) -> Endpoint | None:
@@ -96,7 +86,7 @@ class Pool:
             endpoint = self._half_open(tried, now) if self._open_until else self._choose(self._candidates, tried, now)
         if endpoint is None and not self._live:
             endpoint = self._choose(self._last_resort, tried, now)
-        if endpoint is not None and endpoint.failures and not safe and now < endpoint.failed_at + DOUBT:
+        if endpoint is not None and not safe and endpoint.is_suspect(now):
             endpoint = self._trusted(tried, now) or endpoint
         if endpoint is not None:
             self._turn += self._step
@@ -105,46 +95,30 @@ class Pool:
         return endpoint
 
     def succeeded(self, endpoint: Endpoint, seconds: float) -> None:
-        """The endpoint answered: whatever it was ejected for is over, if it was asked after that."""
-        now = self._clock()
-        endpoint.observe(seconds, now)
-        if endpoint.ejected_until:
-            if now - seconds < endpoint.ejected_at:
-                return
-            self._reinstate(endpoint)
-        endpoint.failures = 0
+        """The endpoint answered after so long."""
+        if endpoint.answered(seconds, self._clock()):
+            self._rebuild()
 
     def failed(self, endpoint: Endpoint, failure: Failure, seconds: float) -> None:
-        """The attempt failed: not sent ejects at once, the fifth other failure in a row ejects for longer."""
+        """The attempt failed, for which the endpoint is to blame."""
         now = self._clock()
         if failure is not Failure.NOT_SENT:
             endpoint.observe(seconds, now)
         if self.endpoints.get(endpoint.instance.key) is not endpoint:
             self._failed_unlisted(endpoint, failure)
             return
-        if endpoint.ejected_until and now - seconds < endpoint.ejected_at:
-            return  # It began before the ejection, and says nothing about the time since.
+        if endpoint.ejected_until and endpoint.is_older(seconds, now):
+            return
         if not self._live and not self._open_until:
-            self._open_for = REFUSED
-            self._open_until = now + REFUSED
+            self._open_for = self._policy.refused
+            self._open_until = now + self._policy.refused
+        changed = True
         if failure is Failure.NOT_SENT:
-            first, most = (REFUSED, MAX_REFUSED) if seconds < DEAR else (seconds, EJECTION)
-            endpoint.ejected_until = now + min(first * 2 ** min(endpoint.refusals, 10), most)
-            endpoint.refusals += 1
-            # Whoever listens there next is another process.
-            endpoint.failures = endpoint.ejections = 0
+            endpoint.refused(seconds, now)
         else:
-            if endpoint.refusals:
-                self._reinstate(endpoint)
-            endpoint.failed_at = now
-            endpoint.failures += 1
-            serving = endpoint.ejected_until and now < endpoint.ejected_at + _ejection(endpoint.ejections)
-            if endpoint.failures < FAILURES_TO_EJECT or serving:
-                return
-            endpoint.ejections = 1 if now - endpoint.ejected_at > 2 * MAX_EJECTION else endpoint.ejections + 1
-            endpoint.ejected_until = now + _ejection(endpoint.ejections)
-        endpoint.ejected_at = now
-        self._rebuild()
+            changed = endpoint.failed(now)
+        if changed:
+            self._rebuild()
 
     def unavailable(self) -> NoHealthyInstanceError:
         """Why ``pick`` found nothing on a first attempt."""
@@ -166,13 +140,9 @@ class Pool:
         """Seconds that calls are turned away because every endpoint fails; 0: they are not."""
         return max(0.0, min(self._open_until, self._next_probe) - self._clock())
 
-    def _reinstate(self, endpoint: Endpoint) -> None:
-        endpoint.refusals, endpoint.ejected_until = 0, 0.0
-        self._rebuild()
-
     def _failed_unlisted(self, endpoint: Endpoint, failure: Failure) -> None:
         endpoint.failures += 1
-        if failure is Failure.NOT_SENT or endpoint.failures >= FAILURES_TO_EJECT:
+        if failure is Failure.NOT_SENT or endpoint.failures >= self._policy.failures:
             # Gone from Consul, and no good answer either: nothing speaks for it any more.
             self.gone.pop(endpoint.instance.key, None)
             self._rebuild()
@@ -182,7 +152,7 @@ class Pool:
         ejected = [endpoint for endpoint in self.endpoints.values() if endpoint.ejected_until]
         self._live = len(live)
         due = min((endpoint.ejected_until for endpoint in ejected), default=math.inf)
-        self._next_probe = max(due, self._probed + PROBE_EVERY)
+        self._next_probe = max(due, self._probed + self._policy.probe_interval)
         if live or not ejected:
             self._open_until = self._open_for = 0.0
         if 2 * len(live) < len(self.endpoints):
@@ -209,19 +179,12 @@ class Pool:
 
     def _probe(self, now: float, safe: bool) -> Endpoint | None:
         self._probed = now
-        due = [
-            endpoint
-            for endpoint in self.endpoints.values()
-            if 0 < endpoint.ejected_until <= now
-            # One that answers badly would fail a call that can't be repeated: let a safe one find out.
-            and (safe or endpoint.refusals or now > endpoint.ejected_until + EJECTION)
-        ]
+        due = [endpoint for endpoint in self.endpoints.values() if endpoint.is_due(now, safe=safe)]
         if not due:
-            self._next_probe = now + PROBE_EVERY
+            self._next_probe = now + self._policy.probe_interval
             return None
         endpoint = min(due, key=lambda endpoint: endpoint.ejected_until)
-        # Ejected on until the probe has an answer, or for as long again if it never gets one.
-        endpoint.ejected_until = now + (MAX_REFUSED if endpoint.refusals else EJECTION)
+        endpoint.probe(now)
         self._rebuild()
         if self._open_until:
             self._stay_open(now)
@@ -237,9 +200,5 @@ class Pool:
         return random.choice(untried) if untried else None
 
     def _stay_open(self, now: float) -> None:
-        self._open_for = min(2 * self._open_for, MAX_REFUSED)
+        self._open_for = min(2 * self._open_for, self._policy.max_refused)
         self._open_until = now + self._open_for
-
-
-def _ejection(times: int) -> float:
-    return min(EJECTION * times, MAX_EJECTION)

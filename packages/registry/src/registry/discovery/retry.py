@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -65,15 +65,28 @@ class RetryBudget:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """``max_retries`` attempts in total; delays grow from ``retry_delay`` seconds to ``max_delay``."""
+    """When a failed attempt is followed by another. Raises: InvalidInputError."""
 
     max_retries: int = 3
+    """Attempts in total, the first included."""
     retry_delay: float = 1.0
+    """Seconds from which delays grow, once all instances were asked."""
     max_delay: float = 10.0
+    """Seconds to which they grow."""
+    max_wait: float = 60.0
+    """Seconds that a call without a deadline waits for the next attempt at most, whatever ``Retry-After`` says."""
+    budget_ratio: float = 0.2
+    """How many retries there may be for each call, on average ..."""
+    budget_per_second: float = 10.0
+    """... beside so many a second: an outage is not multiplied."""
+    failure_statuses: Collection[int] = range(500, 600)
+    """Answers that count as failures of the instance."""
 
     def __post_init__(self) -> None:
         if not (self.max_retries >= 1 and 0 <= self.retry_delay < math.inf and self.max_delay >= 0):
             raise InvalidInputError("max_retries is 1 or more, retry_delay and max_delay are seconds, 0 or more")
+        if not (self.budget_ratio >= 0 and self.budget_per_second > 0 and self.max_wait >= 0):
+            raise InvalidInputError("budget_ratio and max_wait are 0 or more, budget_per_second is above 0")
 
     def allows(self, failure: Failure, *, idempotent: bool, replayable: bool) -> bool:
         """Whether this failure may be followed by another attempt at all.

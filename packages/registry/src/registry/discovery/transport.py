@@ -8,10 +8,12 @@ from typing import NoReturn
 
 import httpx
 
-from registry.discovery.balancing import Endpoint, Pick, named_pick
-from registry.discovery.blame import Blame, Failure
+from registry.discovery.attempt import Attempt
+from registry.discovery.balancing import Policy, named_pick
+from registry.discovery.blame import Failure
 from registry.discovery.call import Call, Outcome, Terms
-from registry.discovery.options import ConnectionOptions
+from registry.discovery.endpoint import Endpoint
+from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.pool import Pool
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
@@ -21,11 +23,6 @@ from registry.errors import InvalidInputError, RegistryError
 from registry.validation import check_known_service, check_service
 
 __all__ = ["DiscoveryTransport"]
-
-PATIENCE = 60.0
-"""Seconds between two attempts that a call without a deadline waits at most, whatever ``Retry-After`` says."""
-_AVOIDED = 0.2
-"""Seconds that an attempt which failed for no known reason counts as, so that failing quickly attracts no calls."""
 
 
 class DiscoveryTransport(httpx.AsyncBaseTransport):
@@ -48,7 +45,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         *,
         retry: RetryPolicy | None = None,
         deadline: float | None = None,
-        policy: str | Pick = "p2c",
+        policy: Policy = "p2c",
+        ejection: EjectionPolicy | None = None,
         connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -60,7 +58,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         self._resolver = resolver
         self._retry = retry or RetryPolicy()
         self._deadline = math.inf if deadline is None else deadline
-        self._policy = policy
+        self._policy: Policy = policy
+        self._ejection = ejection or EjectionPolicy()
         self._upstreams: dict[tuple[str, str | None], Upstream] = {}
         self._sender: Sender = H11Sender(connections) if transport is None else HttpxSender(transport, connections)
         named_pick(policy)
@@ -105,7 +104,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
             return endpoint
         delay = self._retry.delay(call.attempt, call.retry_after())
         left = call.left()
-        if call.upstream.pool.failing_fast_for or delay >= (PATIENCE if left == math.inf else left):
+        if call.upstream.pool.failing_fast_for or delay >= (self._retry.max_wait if left == math.inf else left):
             return None
         try:
             await asyncio.sleep(delay)
@@ -131,43 +130,13 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
     async def _attempt(
         self, call: Call, endpoint: Endpoint, picked: float | None = None
     ) -> tuple[Outcome, Failure | None]:
-        """Sends once, and tells the pool how it went. ``picked``: when it was chosen, if a task begins later.
-
-        Raises: what the source of the request's body raises.
-        """
-        upstream, key = call.upstream, object()
-        started = time.monotonic() if picked is None else picked
-        number, headers = call.start(endpoint)
-        endpoint.started[key] = started
-        outcome: Outcome
-        try:
-            outcome = await self._sender.send(
-                call.request, endpoint.instance, headers, call.attempt_limit(), read=call.terms.read
+        """Sends once. Raises: what the source of the request's body raises."""
+        with Attempt(call, endpoint, picked) as attempt:
+            attempt.outcome = await self._sender.send(
+                call.request, endpoint.instance, attempt.headers, call.attempt_limit(), read=call.terms.read
             )
-        except Exception as error:
-            outcome = error
-        except asyncio.CancelledError:
-            # Its silence is a measurement too: an answer would have taken longer.
-            now = time.monotonic()
-            endpoint.observe(now - started, now)
-            raise
-        finally:
-            del endpoint.started[key]
-        now = time.monotonic()
-        seconds = now - started
-        failure, blame = call.judge(endpoint, outcome, seconds)
-        if failure is None:
-            upstream.pool.succeeded(endpoint, seconds)
-            upstream.latencies.append(seconds)
-            return outcome, None
-        if blame is Blame.INSTANCE:
-            upstream.pool.failed(endpoint, failure, seconds)
-        elif blame is Blame.NOBODY:
-            endpoint.observe(max(seconds, _AVOIDED), now)
-        elif failure is Failure.SENT:
-            endpoint.observe(seconds, now)
-        call.note(number, endpoint, outcome)
-        return outcome, failure
+        assert attempt.outcome is not None
+        return attempt.outcome, attempt.failure
 
     async def _hedged(self, call: Call, endpoint: Endpoint) -> tuple[Outcome, Failure | None]:
         """Sends once more, to another instance, when the answer takes longer than most; the first success wins."""
@@ -205,7 +174,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
             check(service)
-            upstream = Upstream(self._resolver, Pool(service, named_pick(self._policy)), tag)
+            pool = Pool(service, named_pick(self._policy), policy=self._ejection)
+            upstream = Upstream(self._resolver, pool, tag, self._retry)
             self._upstreams = {key: known for key, known in self._upstreams.items() if known.pool.knows_any}
             self._upstreams[service, tag] = upstream
         return upstream

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from registry.discovery.balancing import Endpoint
+from registry.discovery.endpoint import Endpoint
 from registry.discovery.pool import Pool
 from registry.discovery.resolver import Resolver
-from registry.discovery.retry import RetryBudget
+from registry.discovery.retry import RetryBudget, RetryPolicy
 from registry.errors import RegistryError, RegistryUnavailableError
 from registry.model import LeftOut, View
 
@@ -60,9 +60,10 @@ class Explanation:
 class Upstream:
     """Joins the resolver's view of one (service, tag) to the pool that picks from it."""
 
-    def __init__(self, resolver: Resolver, pool: Pool, tag: str | None) -> None:
+    def __init__(self, resolver: Resolver, pool: Pool, tag: str | None, retry: RetryPolicy | None = None) -> None:
         self.pool = pool
-        self.budget = RetryBudget()
+        self.retry = retry or RetryPolicy()
+        self.budget = RetryBudget(self.retry.budget_ratio, self.retry.budget_per_second)
         self.latencies: deque[float] = deque(maxlen=256)
         self._resolver = resolver
         self._tag = tag
