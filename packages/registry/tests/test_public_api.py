@@ -1,7 +1,9 @@
 """The exported names are sorted, real, and the whole of what the package promises."""
 
 import importlib
+import inspect
 import pkgutil
+import typing
 
 import pytest
 
@@ -49,3 +51,35 @@ def test_classes_document_their_methods() -> None:
 def is_module(value: object) -> bool:
     """Submodules are attributes of their package, too."""
     return type(value) is type(registry)
+
+
+def types_of(function: object) -> set[type]:
+    """Every class of this package in the function's annotations."""
+    hints = typing.get_type_hints(function)
+    found, left = set(), list(hints.values())
+    while left:
+        hint = left.pop()
+        left += [part for part in typing.get_args(hint) if not isinstance(part, list)]
+        left += [each for part in typing.get_args(hint) if isinstance(part, list) for each in part]
+        if isinstance(hint, type) and hint.__module__.startswith("registry."):
+            found.add(hint)
+    return found
+
+
+def test_every_type_of_a_public_call_is_exported() -> None:
+    """What a public function or method takes or returns has a name that users may import."""
+    exported = {getattr(module, name) for module in (registry, registry.fastapi) for name in module.__all__}
+    public = [value for value in exported if inspect.isfunction(value)]
+    public += [
+        method
+        for kind in exported
+        if inspect.isclass(kind) and kind.__module__.startswith("registry.")
+        for name, method in vars(kind).items()
+        if inspect.isfunction(method) and (not name.startswith("_") or name == "__init__")
+    ]
+    used = set().union(*map(types_of, public))
+    assert {f"{kind.__module__}.{kind.__name__}" for kind in used - exported} <= INTERNAL
+
+
+INTERNAL = {"registry.client._HasResolver"}
+"""Protocols that a user fulfils without naming them."""

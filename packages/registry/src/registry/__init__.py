@@ -2,10 +2,15 @@
 
 from registry.client import ServiceDiscoveryClient
 from registry.consul.resolver import ConsulResolver
+from registry.discovery.balancing import Candidates, Pick, Policy
+from registry.discovery.blame import Failure
+from registry.discovery.call import Terms
+from registry.discovery.endpoint import Endpoint
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.resolver import Resolver, StaticResolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.transport import DiscoveryTransport
+from registry.discovery.upstream import EndpointState, Explanation
 from registry.errors import (
     InvalidInputError,
     NoHealthyInstanceError,
@@ -14,20 +19,28 @@ from registry.errors import (
     ResponseTooLargeError,
     ServiceNotFoundError,
 )
-from registry.model import Instance, ServiceHealth, Snapshot
+from registry.model import Instance, LeftOut, ServiceHealth, Snapshot, View
 from registry.presence.registrar import Registrar
 from registry.service_registry import ServiceRegistry
 from registry.settings import ConsulSettings, ServiceSettings
 
 __all__ = [
+    "Candidates",
     "ConnectionOptions",
     "ConsulResolver",
     "ConsulSettings",
     "DiscoveryTransport",
     "EjectionPolicy",
+    "Endpoint",
+    "EndpointState",
+    "Explanation",
+    "Failure",
     "Instance",
     "InvalidInputError",
+    "LeftOut",
     "NoHealthyInstanceError",
+    "Pick",
+    "Policy",
     "Registrar",
     "RegistryError",
     "RegistryUnavailableError",
@@ -41,4 +54,6 @@ __all__ = [
     "ServiceSettings",
     "Snapshot",
     "StaticResolver",
+    "Terms",
+    "View",
 ]

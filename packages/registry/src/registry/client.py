@@ -1,36 +1,28 @@
 """The facade: call a service by name, get an ``httpx.Response`` or an error that says what happened."""
 
 import math
-import re
 import time
 from collections.abc import Mapping
-from functools import lru_cache
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import httpx
-from httpx._types import HeaderTypes
 
 from registry.discovery.balancing import Policy
 from registry.discovery.call import Terms
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.redirects import Way
+from registry.discovery.request import Headers, Requests, timeouts_of
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.transport import DiscoveryTransport
 from registry.discovery.upstream import Explanation
 from registry.errors import InvalidInputError
-from registry.validation import check_known_service, check_path, check_service, check_tag
+from registry.validation import check_tag
 
 __all__ = ["ServiceDiscoveryClient"]
 
-_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
-_METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH"})
-_METHOD = re.compile(r"[A-Z]{1,32}", re.ASCII)
-# RFC 9110, 5.6.2: token = 1*tchar
-_HEADER_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_UNSAFE_IN_VALUE = re.compile(rb"[\r\n\0]")
-_MAX_CONNECT = 2.0
+Seconds: TypeAlias = float | httpx.Timeout | None
 
 
 @runtime_checkable
@@ -74,16 +66,15 @@ class ServiceDiscoveryClient:
             connections=connections,
             transport=transport,
         )
-        self.http = httpx.AsyncClient(transport=self._transport, timeout=_timeouts(timeout), follow_redirects=True)
+        self.http = httpx.AsyncClient(transport=self._transport, timeout=timeouts_of(timeout), follow_redirects=True)
         """The httpx client over the same transport, for what the facade does not offer: streams, cookies.
 
         URLs are ``http://<service name>/path``. Of what is set here, headers, params, hooks and auth hold for the
         facade's calls too; cookies do not.
         """
         self._way = Way(self._transport, self.http, self._terms)
-        self._defaults: dict[str, httpx.Headers] = {}
-        self._defaults_of: list[tuple[bytes, bytes]] = []
-        self._timeouts = {timeout: _timeouts(timeout).as_dict()}
+        self._requests = Requests(self.http)
+        self._timeouts = timeouts_of(timeout).as_dict()
 
     async def call_service(
         self,
@@ -91,7 +82,7 @@ class ServiceDiscoveryClient:
         path: str,
         method: str = "GET",
         tag: str | None = None,
-        headers: HeaderTypes | None = None,
+        headers: Headers | None = None,
         params: Any = None,
         json: Any = None,
         data: Any = None,
@@ -104,7 +95,7 @@ class ServiceDiscoveryClient:
         extensions: Mapping[str, Any] | None = None,
         idempotent: bool | None = None,
         hedge: bool | None = None,
-        timeout: float | httpx.Timeout | None = None,
+        timeout: Seconds = None,
     ) -> httpx.Response:
         """The answer of one instance of the service, its body read; what is not named here means what httpx means.
 
@@ -120,34 +111,23 @@ class ServiceDiscoveryClient:
         InvalidInputError before anything is sent, and for a redirect that leaves the service; what the source of the
         request's body raises.
         """
-        url, other = _target(service_name, path)
-        method = method if method in _METHODS else _check_method(method)
-        if isinstance(data, (str, bytes)):
-            content, data = data, None
-        if default_params := self.http.params:
-            params = default_params.merge(params)
-        if params is not None:
-            url = url.copy_merge_params(params)
-        limit: float | None = self._timeout
-        if isinstance(timeout, httpx.Timeout):
-            limit, timeouts = None, timeout.as_dict()
-        else:
-            limit = self._timeout if timeout is None else _check_seconds("timeout", timeout)
-            timeouts = self._timeouts.get(limit) or _timeouts(limit).as_dict()
+        limit, timeouts = self._limits(timeout)
         asked: dict[str, Any] = {"timeout": timeouts, "hedge": self._hedge if hedge is None else hedge}
         if idempotent is not None:
             asked["idempotent"] = idempotent
         if extensions:
             asked |= extensions
             tag = asked.get("tag", tag)
-        shape: dict[str, Any] = {"headers": self._headers(url, headers), "extensions": asked}
-        if not (content is None and data is None and files is None and json is None):
-            shape |= {"content": content, "data": data, "files": files, "json": json}
-        elif method in _WITHOUT_BODY:
-            shape["stream"] = httpx.ByteStream(b"")  # what httpx comes to, in a quarter of the time
-        request = httpx.Request(method, url, cookies=cookies, **shape)
-        if "stream" in shape:
-            request.read()
+        request, other = self._requests.build(
+            method,
+            service_name,
+            path,
+            headers=headers,
+            params=params,
+            cookies=cookies,
+            extensions=asked,
+            body={"content": content, "data": data, "files": files, "json": json},
+        )
         terms = self._terms(limit, None if tag is None else check_tag(tag), other)
         response = await self._way.send(request, terms, auth, follow_redirects)
         try:
@@ -157,46 +137,89 @@ class ServiceDiscoveryClient:
                 error.add_note(note)
             raise
 
-    def _headers(self, url: httpx.URL, headers: HeaderTypes | None) -> httpx.Headers:
-        """What httpx's client would send: its own headers, those of the call in place of what they name."""
-        if (now := self.http.headers.raw) != self._defaults_of:
-            self._defaults, self._defaults_of = {}, now
-        defaults = self._defaults.get(url.host)
-        if defaults is None:
-            defaults = self._defaults[url.host] = httpx.Headers([(b"Host", url.netloc), *now])
-        if headers is None:
-            return defaults
-        merged = httpx.Headers(defaults)
-        given = httpx.Headers(headers)
-        for name, value in given.raw:
-            if not _HEADER_NAME.fullmatch(name):
-                raise InvalidInputError(f"{name!r} is no header name: use letters, digits and hyphens")
-            if _UNSAFE_IN_VALUE.search(value):
-                raise InvalidInputError(f"header {name!r} holds a line break or NUL: remove it")
-        merged.update(given)
-        return merged
+    def _limits(self, timeout: Seconds) -> tuple[float | None, dict[str, float | None]]:
+        """Seconds for one attempt, and for each of its steps."""
+        if isinstance(timeout, httpx.Timeout):
+            return None, timeout.as_dict()
+        limit = self._timeout if timeout is None else _check_seconds("timeout", timeout)
+        return limit, self._timeouts if limit == self._timeout else timeouts_of(limit).as_dict()
 
     def _terms(self, limit: float | None = None, tag: str | None = None, service: str | None = None) -> Terms:
         return Terms(service, tag, True, limit, self._timeout, time.time() + self._deadline)
 
-    async def get(self, service_name: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def get(
+        self,
+        service_name: str,
+        path: str,
+        *,
+        tag: str | None = None,
+        idempotent: bool | None = None,
+        hedge: bool | None = None,
+        timeout: Seconds = None,
+        **kwargs: Any,
+    ) -> httpx.Response:
         """``call_service`` with GET."""
+        kwargs |= {"tag": tag, "idempotent": idempotent, "hedge": hedge, "timeout": timeout}
         return await self.call_service(service_name, path, "GET", **kwargs)
 
-    async def post(self, service_name: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def post(
+        self,
+        service_name: str,
+        path: str,
+        *,
+        tag: str | None = None,
+        idempotent: bool | None = None,
+        hedge: bool | None = None,
+        timeout: Seconds = None,
+        **kwargs: Any,
+    ) -> httpx.Response:
         """``call_service`` with POST: sent again only if it can't have been seen, or may be sent twice."""
+        kwargs |= {"tag": tag, "idempotent": idempotent, "hedge": hedge, "timeout": timeout}
         return await self.call_service(service_name, path, "POST", **kwargs)
 
-    async def put(self, service_name: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def put(
+        self,
+        service_name: str,
+        path: str,
+        *,
+        tag: str | None = None,
+        idempotent: bool | None = None,
+        hedge: bool | None = None,
+        timeout: Seconds = None,
+        **kwargs: Any,
+    ) -> httpx.Response:
         """``call_service`` with PUT."""
+        kwargs |= {"tag": tag, "idempotent": idempotent, "hedge": hedge, "timeout": timeout}
         return await self.call_service(service_name, path, "PUT", **kwargs)
 
-    async def delete(self, service_name: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def delete(
+        self,
+        service_name: str,
+        path: str,
+        *,
+        tag: str | None = None,
+        idempotent: bool | None = None,
+        hedge: bool | None = None,
+        timeout: Seconds = None,
+        **kwargs: Any,
+    ) -> httpx.Response:
         """``call_service`` with DELETE."""
+        kwargs |= {"tag": tag, "idempotent": idempotent, "hedge": hedge, "timeout": timeout}
         return await self.call_service(service_name, path, "DELETE", **kwargs)
 
-    async def patch(self, service_name: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def patch(
+        self,
+        service_name: str,
+        path: str,
+        *,
+        tag: str | None = None,
+        idempotent: bool | None = None,
+        hedge: bool | None = None,
+        timeout: Seconds = None,
+        **kwargs: Any,
+    ) -> httpx.Response:
         """``call_service`` with PATCH: sent again only if it can't have been seen, or may be sent twice."""
+        kwargs |= {"tag": tag, "idempotent": idempotent, "hedge": hedge, "timeout": timeout}
         return await self.call_service(service_name, path, "PATCH", **kwargs)
 
     def explain(self, service_name: str, tag: str | None = None) -> Explanation:
@@ -221,25 +244,3 @@ def _check_seconds(name: str, seconds: float) -> float:
     if not 0 < seconds < math.inf:
         raise InvalidInputError(f"{name}={seconds!r}: pass a number of seconds above 0")
     return seconds
-
-
-def _timeouts(seconds: float) -> httpx.Timeout:
-    return httpx.Timeout(seconds, connect=min(seconds, _MAX_CONNECT))
-
-
-@lru_cache(maxsize=1024)
-def _target(service: str, path: str) -> tuple[httpx.URL, str | None]:
-    """The URL, and the service's name where that is one of others' making and no host."""
-    check_path(path)
-    try:
-        return httpx.URL(f"http://{check_service(service)}{path}"), None
-    except InvalidInputError:
-        name = check_known_service(service).lower()
-    host = re.sub("[^a-z0-9]+", "-", name)[:60].strip("-")
-    return httpx.URL(f"http://s-{host or 'x'}{path}"), name
-
-
-def _check_method(method: str) -> str:
-    if not _METHOD.fullmatch(method.upper()):
-        raise InvalidInputError(f"{method!r} is not an HTTP method: pass GET, POST, PUT, PATCH, DELETE or another")
-    return method.upper()

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from registry.client import ServiceDiscoveryClient
 from registry.consul.resolver import ConsulResolver
 from registry.discovery import context
+from registry.discovery.resolver import Resolver
 from registry.errors import InvalidInputError
 from registry.limits import SlowBodyMiddleware
 from registry.presence.drain import DrainOnSigterm
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
+ClientFactory = Callable[[Resolver], ServiceDiscoveryClient]
 
 
 def lifespan(
@@ -41,6 +43,7 @@ def lifespan(
     upstreams: Sequence[str] = (),
     consul: ConsulSettings | None = None,
     inner: Lifespan | None = None,
+    client: ClientFactory | None = None,
 ) -> Lifespan:
     """The lifespan of a registered service: ``FastAPI(lifespan=lifespan(settings))``.
 
@@ -50,9 +53,18 @@ def lifespan(
 
     ``upstreams``: services this one calls; they are known before the first request, if Consul answers within 2 s.
     ``inner``: the app's own lifespan, entered before and left after. ``consul``: the environment's unless given.
+    ``client``: makes the client from a resolver, where ``settings.call_timeout``, ``call_retries`` and
+    ``call_deadline`` do not say enough: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``.
 
     Raises, when the app starts: InvalidInputError, for a second ``lifespan`` of the same app, as one app has one name.
     """
+
+    make = client or partial(
+        ServiceDiscoveryClient,
+        timeout=settings.call_timeout,
+        max_retries=settings.call_retries,
+        deadline=settings.call_deadline,
+    )
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[Any]:
@@ -65,10 +77,10 @@ def lifespan(
                     "once for each name, or register the second with ServiceRegistry.register_service"
                 )
             resolver = ConsulResolver(connection, upstreams=upstreams)
-            client = await stack.enter_async_context(ServiceDiscoveryClient(resolver))
+            caller = await stack.enter_async_context(make(resolver))
             await resolver.start()
             registrar = Registrar(settings, connection, about=_about(app))
-            stack.enter_context(_known(app, registrar, client))
+            stack.enter_context(_known(app, registrar, caller))
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
                 yield state

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias, overload
 
 __all__ = ["Instance", "Key", "LeftOut", "ServiceHealth", "Snapshot", "View"]
 
@@ -28,6 +28,17 @@ class Instance:
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
     weight: int = 1
     """Share of the traffic relative to the others; Consul's ``Weights.Passing``."""
+
+    @overload
+    def __getitem__(self, name: Literal["port", "weight"]) -> int: ...
+    @overload
+    def __getitem__(self, name: Literal["id", "service", "address"]) -> str: ...
+    @overload
+    def __getitem__(self, name: Literal["tags"]) -> Sequence[str]: ...
+    @overload
+    def __getitem__(self, name: Literal["meta"]) -> Mapping[str, str]: ...
+    @overload
+    def __getitem__(self, name: str) -> object: ...
 
     def __getitem__(self, name: str) -> object:
         if name not in self.__slots__:

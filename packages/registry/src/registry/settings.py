@@ -178,6 +178,12 @@ class ServiceSettings(BaseSettings):
     version: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
     """The version that is registered; unset: the FastAPI app's own."""
     weight: int = Field(default=1, ge=1, le=65535)
+    call_timeout: float = Field(default=30.0, gt=0, le=3_600)
+    """Seconds that one attempt of a call to another service may take."""
+    call_retries: int = Field(default=3, ge=1, le=100)
+    """Attempts of a call in total, the first included."""
+    call_deadline: float | None = Field(default=None, gt=0, le=7_200)
+    """Seconds that a call may take with all its attempts; unset: twice ``call_timeout``."""
     drain_seconds: float = Field(default=1.5, ge=0, le=60)
     """How long the service goes on serving after it withdrew from Consul on SIGTERM."""
     health_check_interval: float = Field(default=10.0, ge=0.5, le=86_400)

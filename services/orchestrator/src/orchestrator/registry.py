@@ -1,47 +1,7 @@
 """The public names of the ``registry`` package, under the path that the quick start shows."""
 
-from registry import (
-    ConnectionOptions,
-    ConsulResolver,
-    ConsulSettings,
-    DiscoveryTransport,
-    Instance,
-    InvalidInputError,
-    NoHealthyInstanceError,
-    Registrar,
-    RegistryError,
-    RegistryUnavailableError,
-    Resolver,
-    ResponseTooLargeError,
-    RetryPolicy,
-    ServiceDiscoveryClient,
-    ServiceHealth,
-    ServiceNotFoundError,
-    ServiceRegistry,
-    ServiceSettings,
-    Snapshot,
-    StaticResolver,
-)
+import registry
+from registry import *  # noqa: F403
 
-__all__ = [
-    "ConnectionOptions",
-    "ConsulResolver",
-    "ConsulSettings",
-    "DiscoveryTransport",
-    "Instance",
-    "InvalidInputError",
-    "NoHealthyInstanceError",
-    "Registrar",
-    "RegistryError",
-    "RegistryUnavailableError",
-    "Resolver",
-    "ResponseTooLargeError",
-    "RetryPolicy",
-    "ServiceDiscoveryClient",
-    "ServiceHealth",
-    "ServiceNotFoundError",
-    "ServiceRegistry",
-    "ServiceSettings",
-    "Snapshot",
-    "StaticResolver",
-]
+__all__: list[str] = []
+__all__ += registry.__all__
