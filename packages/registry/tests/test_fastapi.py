@@ -15,8 +15,10 @@ from starlette.types import ASGIApp, Message, Scope
 
 from registry import (
     ConsulSettings,
+    EjectionPolicy,
     InvalidInputError,
     Registrar,
+    Resolver,
     ServiceDiscoveryClient,
     ServiceRegistry,
     ServiceSettings,
@@ -374,3 +376,27 @@ def test_metadata_that_consul_would_refuse_is_told_at_the_start() -> None:
     """A version too long for Consul is an error when the registrar is made, not a service that never registers."""
     with pytest.raises(InvalidInputError, match="version"):
         Registrar(identity("verbose"), about={"version": "x" * 513})
+
+
+async def test_calls_are_limited_as_the_settings_say(monkeypatch: pytest.MonkeyPatch, consul: ConsulSettings) -> None:
+    """Time-out, attempts and deadline of the app's client come from the settings, and so from the environment."""
+    monkeypatch.setenv("SERVICE_CALL_TIMEOUT", "0.2")
+    monkeypatch.setenv("SERVICE_CALL_RETRIES", "2")
+    monkeypatch.setenv("SERVICE_CALL_DEADLINE", "0.3")
+    app = FastAPI(lifespan=lifespan(identity("limited"), consul=consul))
+    async with app.router.lifespan_context(app):
+        client: ServiceDiscoveryClient = app.state.discovery_client
+        assert (client._timeout, client._transport._retry.max_retries, client._deadline) == (0.2, 2, 0.3)
+
+
+async def test_client_of_ones_own_making(consul: ConsulSettings) -> None:
+    """``client=`` makes the app's client, with any option that there is, from the resolver that it is given."""
+    made: list[ServiceDiscoveryClient] = []
+
+    def make(resolver: Resolver) -> ServiceDiscoveryClient:
+        made.append(ServiceDiscoveryClient(resolver, ejection=EjectionPolicy(failures=2), policy="round_robin"))
+        return made[0]
+
+    app = FastAPI(lifespan=lifespan(identity("made"), consul=consul, client=make))
+    async with app.router.lifespan_context(app):
+        assert [app.state.discovery_client] == made
