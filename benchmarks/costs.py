@@ -13,7 +13,7 @@ from registry.discovery.balancing import power_of_two_choices
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.pool import Pool
 from registry.discovery.upstream import Upstream
-from registry.testing.server import Answer, Request, recording_server
+from tests.support.server import Answer, Request, recording_server
 
 __all__ = ["consul_requests", "pick_microseconds"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from registry.testing.load import Outcome, Report
 from tests.e2e.system import BACKEND, System, wait_until
+from tests.support.load import Outcome, Report
 
 CALLS = 1_000
 """At least so many of each kind in every scene."""

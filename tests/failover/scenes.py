@@ -18,7 +18,7 @@ import httpx
 from registry import ConsulResolver, ConsulSettings, EjectionPolicy, ServiceDiscoveryClient
 from registry.testing.agent import ConsulAgent
 from registry.testing.instances import RunningInstance, received, running_instances
-from registry.testing.load import Load, Report
+from tests.support.load import Load, Report
 
 CALLS = 4_000
 """At least so many in every scene."""

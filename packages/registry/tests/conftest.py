@@ -6,7 +6,7 @@ import pytest
 
 from registry import ServiceRegistry
 from registry.testing.fixtures import ConsulAgent
-from registry.testing.server import Answer, RecordingServer, Request, Serve, recording_server
+from tests.support.server import Answer, RecordingServer, Request, Serve, recording_server
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from registry import (
 from registry.model import Instance
 from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.ports import free_ports
-from registry.testing.server import Answer, RecordingServer, Request, Serve
+from tests.support.server import Answer, RecordingServer, Request, Serve
 
 
 def client_of(*instances: RecordingServer | Instance, **kwargs: Any) -> ServiceDiscoveryClient:

@@ -19,9 +19,9 @@ from registry import ConsulSettings, ServiceRegistry
 from registry.conformance import PROMISES, CannotExamineError, Finding, examine
 from registry.conformance.__main__ import main
 from registry.testing.agent import running_agent
-from registry.testing.command import ServiceProcess, running_service, wait_until
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
+from tests.support.command import ServiceProcess, running_service, wait_until
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {"SERVICE_HEALTH_CHECK_INTERVAL": "1", "SERVICE_DRAIN_SECONDS": "1"}

@@ -34,7 +34,7 @@ from registry.discovery.connections import Connections
 from registry.discovery.options import ConnectionOptions
 from registry.discovery.sender import H11Sender
 from registry.testing.ports import free_ports
-from registry.testing.server import Serve
+from tests.support.server import Serve
 
 UNKNOWN = Instance("cards-1", "cards", "cards.invalid", 80)
 

@@ -23,7 +23,7 @@ from registry import Instance, ServiceDiscoveryClient, StaticResolver
 from registry.discovery import context
 from registry.discovery.context import DEADLINE_HEADER, RETRY_HEADER
 from registry.fastapi import DiscoveryClient, RegistryMiddleware
-from registry.testing.command import wait_until
+from tests.support.command import wait_until
 
 
 class Service:

@@ -21,7 +21,7 @@ from registry.consul.departures import KEEP, MAX_WITHDRAWN, Departures
 from registry.consul.health import parse_listing
 from registry.consul.watch import SETTLE
 from registry.testing.fixtures import ConsulAgent
-from registry.testing.server import RecordingServer, Serve
+from tests.support.server import RecordingServer, Serve
 
 
 class Scene:

@@ -15,9 +15,9 @@ import pytest
 
 from registry import ConsulResolver, ConsulSettings, Registrar, ServiceDiscoveryClient, ServiceSettings
 from registry.presence.drain import DrainOnSigterm
-from registry.testing.command import ServiceProcess, found, running_service, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.instances import RunningInstance, received
+from tests.support.command import ServiceProcess, found, running_service, wait_until
 
 Start = Callable[..., ServiceProcess]
 

@@ -26,7 +26,7 @@ from registry.consul.connection import AsyncConsul
 from registry.presence.entry import Entry
 from registry.presence.registration import Registration
 from registry.testing.agent import ConsulAgent
-from registry.testing.command import wait_until
+from tests.support.command import wait_until
 
 
 class Member(ConsulAgent):

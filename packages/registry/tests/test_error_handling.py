@@ -27,7 +27,7 @@ from registry import (
 from registry.testing.agent import running_agent
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
-from registry.testing.server import Answer, RecordingServer, Serve, recording_server
+from tests.support.server import Answer, RecordingServer, Serve, recording_server
 
 SYNC_CALLS: dict[str, Callable[[ServiceRegistry], object]] = {
     "register_service": lambda registry: registry.register_service("cards", "10.0.0.1", 8000),

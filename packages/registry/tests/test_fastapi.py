@@ -24,9 +24,9 @@ from registry import (
     ServiceSettings,
 )
 from registry.fastapi import DiscoveryClient, RegistryMiddleware, health_router, lifespan
-from registry.testing.command import found, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.ports import free_ports
+from tests.support.command import found, wait_until
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.fastapi import RegistryMiddleware
 from registry.limits import SlowBodyMiddleware
-from registry.testing.command import wait_until
 from registry.testing.ports import free_ports
+from tests.support.command import wait_until
 
 
 @asynccontextmanager

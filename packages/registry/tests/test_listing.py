@@ -27,8 +27,8 @@ from registry import (
 )
 from registry.consul.health import parse_listing
 from registry.testing.fixtures import ConsulAgent
-from registry.testing.server import Answer, Serve
 from registry.validation import check_address
+from tests.support.server import Answer, Serve
 
 
 def listed(**service: Any) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.pool import Pool
 from registry.discovery.retry import RetryBudget
-from registry.testing.server import Answer, Serve
 from tests.support.raw import OK, Handler, raw_servers
+from tests.support.server import Answer, Serve
 
 NOT_SENT, SENT = Failure.NOT_SENT, Failure.SENT
 

@@ -16,8 +16,8 @@ import pytest
 from registry import ConsulSettings, Registrar, ServiceRegistry, ServiceSettings
 from registry.presence import registrar as presence
 from registry.presence.addresses import is_loopback, is_ours
-from registry.testing.command import ServiceProcess, found, running_service, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
+from tests.support.command import ServiceProcess, found, running_service, wait_until
 
 Start = Callable[..., ServiceProcess]
 

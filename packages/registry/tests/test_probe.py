@@ -17,9 +17,9 @@ from registry.fastapi import health_router, lifespan
 from registry.presence.probe import Probe
 from registry.presence.registration import Registration
 from registry.testing.agent import ConsulAgent, running_agent
-from registry.testing.command import found, wait_until
 from registry.testing.ports import free_ports
-from registry.testing.server import Answer, Serve
+from tests.support.command import found, wait_until
+from tests.support.server import Answer, Serve
 
 Complaint = Callable[..., Awaitable[str | None]]
 

@@ -18,7 +18,7 @@ from registry import (
 )
 from registry.testing.agent import ConsulAgent
 from registry.testing.ports import free_ports
-from registry.testing.server import Answer, Serve
+from tests.support.server import Answer, Serve
 
 # A key that nobody uses, encrypted with "hunter2".
 LOCKED = """\

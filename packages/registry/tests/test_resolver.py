@@ -31,7 +31,7 @@ from registry import (
 )
 from registry.testing.agent import running_agent
 from registry.testing.fixtures import ConsulAgent, Instances
-from registry.testing.server import Answer, Request, Serve
+from tests.support.server import Answer, Request, Serve
 
 
 def settings_for(agent: ConsulAgent, token: str | None = None) -> ConsulSettings:

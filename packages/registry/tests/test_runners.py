@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from registry import ConsulResolver, ConsulSettings, ServiceDiscoveryClient
-from registry.testing.command import ServiceProcess, found, wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
-from registry.testing.load import Load
 from registry.testing.ports import free_ports
+from tests.support.command import ServiceProcess, found, wait_until
+from tests.support.load import Load
 
 HERE = Path(__file__).parent
 APP = "presence_app:app"

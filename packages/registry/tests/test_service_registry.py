@@ -11,7 +11,7 @@ import pytest
 
 from registry import Instance, ServiceHealth, ServiceRegistry
 from registry.testing.fixtures import ConsulAgent
-from registry.testing.server import Answer, Request, Serve
+from tests.support.server import Answer, Request, Serve
 
 SECOND = 1_000_000_000  # Consul counts nanoseconds
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from registry import ConsulSettings, InvalidInputError, RegistryError, ServiceRegistry, ServiceSettings, environment
 from registry.presence.registration import Registration
-from registry.testing.server import Answer, Serve
+from tests.support.server import Answer, Serve
 
 TOKEN = "5ecret-token-0f-this-test"
 

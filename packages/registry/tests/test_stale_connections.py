@@ -3,7 +3,7 @@
 import socket
 
 from registry import ServiceDiscoveryClient, StaticResolver
-from registry.testing.server import Serve
+from tests.support.server import Serve
 
 
 async def test_a_post_never_takes_a_connection_that_the_event_loop_does_not_know_to_be_closed(serve: Serve) -> None:

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from registry.testing.command import ServiceProcess, running_service, wait_until
+from tests.support.command import ServiceProcess, running_service, wait_until
 
 _APP = """
 async def app(scope, receive, send):

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from registry import ServiceRegistry
-from registry.testing.command import wait_until
 from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.instances import Mode, received, running_instance, running_instances
+from tests.support.command import wait_until
 
 
 def passing(agent: ConsulAgent, service: str) -> set[str]:
@@ -119,7 +119,7 @@ def test_one_that_does_not_start_says_why(instances: Instances) -> None:
 
 PARENT = """
 import sys, time
-from registry.testing.command import wait_until
+from tests.support.command import wait_until
 from registry.testing.instances import running_instances
 with running_instances("orphan", 2) as (one, two):
     one.pause()

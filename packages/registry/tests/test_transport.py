@@ -24,7 +24,7 @@ from registry.discovery.balancing import Candidates
 from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint
 from registry.model import Snapshot
-from registry.testing.server import Answer, Request, Serve
+from tests.support.server import Answer, Request, Serve
 
 Handler = Callable[[httpx.Request], Awaitable[httpx.Response]]
 

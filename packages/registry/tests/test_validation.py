@@ -25,7 +25,6 @@ from registry import (
     StaticResolver,
 )
 from registry.presence.registration import Registration
-from registry.testing.server import Answer, RecordingServer, Serve, recording_server
 from registry.validation import (
     check_address,
     check_duration,
@@ -38,6 +37,7 @@ from registry.validation import (
     check_service,
     check_tag,
 )
+from tests.support.server import Answer, RecordingServer, Serve, recording_server
 
 CARDS = Instance("cards-1", "cards", "10.1.2.3", 8123)
 RESOLVER = StaticResolver({"cards": [CARDS], "other": [Instance("other-1", "other", "10.9.9.9", 9999)]})

@@ -27,7 +27,7 @@ from registry import (
 from registry.consul.connection import AsyncConsul
 from registry.consul.watch import WAIT, Watch
 from registry.model import Snapshot
-from registry.testing.server import Answer, Request, Serve
+from tests.support.server import Answer, Request, Serve
 
 
 def entry(number: int, status: str = "passing") -> dict[str, Any]:

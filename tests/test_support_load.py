@@ -6,7 +6,7 @@ import time
 import httpx
 import pytest
 
-from registry.testing.load import Load
+from tests.support.load import Load
 
 
 async def test_counts_every_outcome_once() -> None:
