@@ -17,3 +17,14 @@ os.environ.setdefault("UVICORN_LOOP", "asyncio")
 def anyio_backend() -> str:
     """Run every async test on asyncio: it is the loop the services run on."""
     return "asyncio"
+
+
+REAL = {"consul_agent", "private_consul_agent", "consul_binary", "instances"}
+"""Fixtures that start processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what can't be quick: ``nox -s quick`` leaves it out."""
+    for item in items:
+        if REAL & set(getattr(item, "fixturenames", ())):
+            item.add_marker("real")

@@ -43,6 +43,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def quick(session: nox.Session) -> None:
+    """Run the units only, in less than a minute: no Consul, no processes; arguments go to pytest."""
+    install(session)
+    session.run("pytest", "-q", "-m", "not real", "packages", "services", *session.posargs)
+
+
+@nox.session
 def httpx2(session: nox.Session) -> None:
     """Run the package's tests with httpx2 in httpx's place; arguments go to pytest."""
     install(session)

@@ -101,12 +101,12 @@ class Replica:
         return datetime.fromisoformat(good[0]["End"]).timestamp()
 
     def command(self, **faults: object) -> None:
-        """Fail like this from now on, see registry.testing.faults; without arguments: behave."""
-        run_in(self.container, "python", "-m", "registry.testing.faults", json.dumps(faults))
+        """Fail like this from now on, see tests.support.faults; without arguments: behave."""
+        run_in(self.container, "python", "-m", "tests.support.faults", json.dumps(faults))
 
     def eat(self) -> None:
         """Take memory until the system ends it, which may end the command, too."""
-        self.container.exec_run(["python", "-m", "registry.testing.faults", '{"eat": true}'])
+        self.container.exec_run(["python", "-m", "tests.support.faults", '{"eat": true}'])
 
 
 class System:

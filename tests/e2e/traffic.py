@@ -19,7 +19,6 @@ CALLS = 1_000
 """At least so many of each kind in every scene."""
 RATE = 30.0
 """GETs, and POSTs, per second from each side."""
-_CALLER = Path(__file__).with_name("caller.py")
 _LONGEST = 150.0
 BY_NAME, EDGE = "by name", "edge"
 
@@ -97,8 +96,8 @@ class Traffic:
         self._system = system
         client = str(system.container("client").id)
         self._callers = {
-            BY_NAME: Caller(["docker", "exec", "-i", client, "python", "/e2e/caller.py", "--rate", f"{rate}"]),
-            EDGE: Caller([sys.executable, str(_CALLER), "--edge", system.edge[BACKEND.name], "--rate", f"{rate}"]),
+            BY_NAME: Caller(["docker", "exec", "-i", client, "python", "-m", "tests.e2e.caller", "--rate", f"{rate}"]),
+            EDGE: Caller([sys.executable, "-m", "tests.e2e.caller", "--edge", system.edge[BACKEND.name], "--rate", f"{rate}"]),
         }
         self.columns: dict[tuple[str, str], Column] = {}
         """(side, method) → its calls; filled when the context ends."""

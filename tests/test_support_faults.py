@@ -27,7 +27,7 @@ def service(tmp_path: Path) -> Iterator[ServiceProcess]:
     env = {"FAULTS_ALLOWED": "yes", "FAULTS_APP": "trivial:app", "FAULTS_DIRECTORY": str(tmp_path)}
     env["PYTHONPATH"] = str(tmp_path)
     options = ("--factory", "--lifespan", "off")
-    with running_service("registry.testing.faults:create_app", "faulty", *options, env=env, cwd=tmp_path) as running:
+    with running_service("tests.support.faults:create_app", "faulty", *options, env=env, cwd=tmp_path) as running:
         yield running
 
 
@@ -39,7 +39,7 @@ def command(service: ServiceProcess, faults: object) -> None:
 def test_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     """Without the variable that only tests set, the app does not start and says why."""
     env = {"FAULTS_APP": "trivial:app", "FAULTS_DIRECTORY": str(tmp_path)}
-    with running_service("registry.testing.faults:create_app", "faulty", "--factory", env=env, wait=False) as refused:
+    with running_service("tests.support.faults:create_app", "faulty", "--factory", env=env, wait=False) as refused:
         assert refused.process.wait(30) != 0
         assert "FAULTS_ALLOWED=yes" in refused.log
 

@@ -1,7 +1,7 @@
 """Faults that only a service itself can show, on command, and a journal of what reached it: for end-to-end tests.
 
-An overlay of the deployment runs ``uvicorn --factory registry.testing.faults:create_app`` with ``FAULTS_APP`` naming
-the real app, and commands it from inside its container: ``python -m registry.testing.faults '{"status": 500}'``.
+An overlay of the deployment runs ``uvicorn --factory tests.support.faults:create_app`` with ``FAULTS_APP`` naming
+the real app, and commands it from inside its container: ``python -m tests.support.faults '{"status": 500}'``.
 Without ``FAULTS_ALLOWED=yes`` it refuses to start, so that no production can be told to fail. Standard library only.
 """
 
