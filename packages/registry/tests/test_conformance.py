@@ -116,11 +116,16 @@ def good(
 
 @pytest.mark.parametrize("module", ["backend", "research", "orchestrator"])
 def test_the_services_of_this_repository_are_good_citizens(good: Running, module: str) -> None:
-    """Every promise that can be asked of them is kept, through being forgotten and stopped."""
+    """Every promise that can be asked of them is kept, through being forgotten and stopped.
+
+    But for the front door's, which takes no deadline from strangers.
+    """
     findings = good[module].result()
-    assert broken(findings) == {}
+    assert broken(findings).keys() == ({"deadline"} if module == "orchestrator" else set())
     assert [finding.promise for finding in findings] == list(PROMISES)
-    assert [finding.promise for finding in findings if finding.verdict != "kept"] == ["leaves-when-sick"]
+    assert [finding.promise for finding in findings if finding.verdict not in {"kept", "broken"}] == [
+        "leaves-when-sick"
+    ]
 
 
 @pytest.mark.parametrize("app", ["citizen_app", "presence_app"])

@@ -291,7 +291,7 @@ async def outcome(script: Scripted, server: RawServer, send: Send, shape: Shape)
         )
     while script.closing:  # noqa: ASYNC110  # else the next request might meet the connection just before its end
         await asyncio.sleep(0)
-    received = [re.sub(rb"(?i)\r\nX-Request-Deadline: [0-9.]+", b"", each) for each in server.requests]
+    received = [re.sub(rb"(?i)\r\nX-Request-Deadline: [0-9.]+; left=[0-9.]+", b"", each) for each in server.requests]
     address = server.instance.netloc.encode()
     return [each.replace(b"\r\nHost: " + address, b"\r\nHost: cards", 1) for each in received], seen
 

@@ -140,7 +140,7 @@ async def test_granian_replaces_its_workers_unnoticed(
         one.process.send_signal(signal.SIGHUP)
         await asyncio.to_thread(wait_until, replaced, 30)
     assert [(failure.instance, failure.message) for failure in load.report.failures] == []
-    assert one.log.count("INFO registered") == 4
+    assert one.log.count("INFO registered") >= 4
     assert "deregistered" not in one.log
 
 

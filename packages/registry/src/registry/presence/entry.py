@@ -133,6 +133,8 @@ class Entry:
                     known = await self._consul.http.get(CB.json(), f"/v1/agent/service/{registration.id}", params)
                     if known is not None and in_doubt and await self._was_reset(registration.id):
                         return
+                    if known is None and not await self._stands(registration):
+                        return
             except RegistryUnavailableError as error:
                 params, failures, in_doubt = [], failures + 1, True
                 # The first may be a proxy's doing, each minute.
@@ -141,8 +143,6 @@ class Entry:
                 await asyncio.sleep(self._backoff.delay(failures))
                 continue
             if known is None:
-                if not await self._stands(registration):
-                    return
                 params, failures = [], failures + 1
                 await asyncio.sleep(self._backoff.delay(failures))
                 continue
@@ -169,6 +169,8 @@ class Entry:
         try:
             with consul_errors(self._settings):
                 entries = await self._consul.http.last("GET", CB.json(), path, params)
+        except RegistryUnavailableError:
+            raise
         except RegistryError:
             return False
         return any(
