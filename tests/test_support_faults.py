@@ -25,7 +25,7 @@ def service(tmp_path: Path) -> Iterator[ServiceProcess]:
     """A trivial app with faults around it, in a process of its own."""
     (tmp_path / "trivial.py").write_text(_APP)
     env = {"FAULTS_ALLOWED": "yes", "FAULTS_APP": "trivial:app", "FAULTS_DIRECTORY": str(tmp_path)}
-    env["PYTHONPATH"] = str(tmp_path)
+    env["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[1])))
     options = ("--factory", "--lifespan", "off")
     with running_service("tests.support.faults:create_app", "faulty", *options, env=env, cwd=tmp_path) as running:
         yield running
@@ -95,7 +95,7 @@ def test_the_command_line_commands_the_service_of_its_host(
     service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The module's command reaches the service on this host's port, and ends with its complaint when it refuses."""
-    from registry.testing import faults
+    from tests.support import faults
 
     monkeypatch.setenv("SERVICE_PORT", str(service.port))
     faults.main('{"status": 500}')

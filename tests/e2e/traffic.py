@@ -97,7 +97,9 @@ class Traffic:
         client = str(system.container("client").id)
         self._callers = {
             BY_NAME: Caller(["docker", "exec", "-i", client, "python", "-m", "tests.e2e.caller", "--rate", f"{rate}"]),
-            EDGE: Caller([sys.executable, "-m", "tests.e2e.caller", "--edge", system.edge[BACKEND.name], "--rate", f"{rate}"]),
+            EDGE: Caller(
+                [sys.executable, "-m", "tests.e2e.caller", "--edge", system.edge[BACKEND.name], "--rate", f"{rate}"]
+            ),
         }
         self.columns: dict[tuple[str, str], Column] = {}
         """(side, method) → its calls; filled when the context ends."""
