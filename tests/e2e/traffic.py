@@ -94,7 +94,7 @@ class Traffic:
 
     def __init__(self, system: System, rate: float) -> None:
         self._system = system
-        client = str(system.container("client").id)
+        client, calling = str(system.container("client").id), ["-m", "tests.e2e.caller", "--rate", f"{rate}"]
         self._callers = {
             BY_NAME: Caller(["docker", "exec", "-i", client, "python", "-m", "tests.e2e.caller", "--rate", f"{rate}"]),
             EDGE: Caller(
