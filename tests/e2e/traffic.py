@@ -96,10 +96,8 @@ class Traffic:
         self._system = system
         client, calling = str(system.container("client").id), ["-m", "tests.e2e.caller", "--rate", f"{rate}"]
         self._callers = {
-            BY_NAME: Caller(["docker", "exec", "-i", client, "python", "-m", "tests.e2e.caller", "--rate", f"{rate}"]),
-            EDGE: Caller(
-                [sys.executable, "-m", "tests.e2e.caller", "--edge", system.edge[BACKEND.name], "--rate", f"{rate}"]
-            ),
+            BY_NAME: Caller(["docker", "exec", "-i", client, "python", *calling]),
+            EDGE: Caller([sys.executable, *calling, "--edge", system.edge[BACKEND.name]]),
         }
         self.columns: dict[tuple[str, str], Column] = {}
         """(side, method) → its calls; filled when the context ends."""
