@@ -5,6 +5,7 @@ from registry.consul.resolver import ConsulResolver
 from registry.discovery.options import ConnectionOptions
 from registry.discovery.resolver import Resolver, StaticResolver
 from registry.discovery.retry import RetryPolicy
+from registry.discovery.sync import SyncDiscoveryTransport
 from registry.discovery.transport import DiscoveryTransport
 from registry.errors import (
     InvalidInputError,
@@ -40,4 +41,5 @@ __all__ = [
     "ServiceSettings",
     "Snapshot",
     "StaticResolver",
+    "SyncDiscoveryTransport",
 ]

@@ -28,6 +28,7 @@ from registry import (
     ServiceSettings,
     Snapshot,
     StaticResolver,
+    SyncDiscoveryTransport,
 )
 from registry.fastapi import Check, DiscoveryClient, RegistryMiddleware, health_router, lifespan
 

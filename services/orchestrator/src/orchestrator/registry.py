@@ -21,6 +21,7 @@ from registry import (
     ServiceSettings,
     Snapshot,
     StaticResolver,
+    SyncDiscoveryTransport,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "ServiceSettings",
     "Snapshot",
     "StaticResolver",
+    "SyncDiscoveryTransport",
 ]
