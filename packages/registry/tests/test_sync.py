@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,28 @@ def sockets_to_others() -> set[Any]:
 
 
 async def by_connection(head: bytes, writer: asyncio.StreamWriter) -> bool:
-    """Says which connection it is, to whoever asks for ``/``."""
+    """Says which connection it is; of ``/late``, the last byte comes later."""
+    if b" /late " in head:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no")
+        await asyncio.sleep(0.5)
+        writer.write(b"k")
+        return True
     body = str(writer.get_extra_info("peername")[1]).encode()
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
     return True
+
+
+def fork(work: Callable[[], bool]) -> int:
+    """The process id of a child that does this and exits with 0 if it is true."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads.
+        child = os.fork()
+    if child == 0:
+        status = 1
+        with suppress(BaseException):
+            status = 0 if work() else 1
+        os._exit(status)
+    return child
 
 
 SHAPES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -328,17 +346,29 @@ def test_slow_reader_is_not_timed_out() -> None:
         assert next(stream) == b"b"
 
 
-def test_broken_answer_is_an_error_of_httpx() -> None:
-    """A body that breaks off: the error comes out of the stream that is read, and the connection goes."""
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\nno size\r\n",
+    ],
+    ids=["cut off", "ill framed"],
+)
+def test_broken_answer_is_an_error_of_httpx(answer: bytes) -> None:
+    """A body that breaks off or is badly framed: what came is given, then the error, and the connection goes."""
 
-    async def cut(head: bytes, writer: asyncio.StreamWriter) -> bool:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
-        return False
+    async def breaking(head: bytes, writer: asyncio.StreamWriter) -> bool:
+        writer.write(answer)
+        return b"/stay" in head
 
-    with raw(cut) as [server], client_of(server) as client, client.stream("GET", "/") as answer:
-        with pytest.raises(httpx.RemoteProtocolError) as failure:
-            answer.read()
-        assert str(failure.value.request.url) == "http://cards/"
+    with raw(breaking) as [server], client_of(server, connections=ConnectionOptions(max_connections=1)) as client:
+        for path in ("/stay" if b"chunked" in answer else "/", "/"):
+            with client.stream("GET", path, timeout=2.0) as got:
+                pieces = got.iter_raw()
+                assert next(pieces) == b"half"
+                with pytest.raises(httpx.RemoteProtocolError) as failure:
+                    next(pieces)
+                assert failure.value.request.url.path == path
 
 
 def test_interrupt_cancels_the_call() -> None:
@@ -347,7 +377,10 @@ def test_interrupt_cancels_the_call() -> None:
     async def hang_or_answer(head: bytes, writer: asyncio.StreamWriter) -> bool:
         return await (hang if b"/hang" in head else answering(OK))(head, writer)
 
-    with raw(hang_or_answer) as [server], client_of(server, connections=ConnectionOptions(max_connections=1)) as client:
+    with (
+        raw(hang_or_answer) as [server],
+        client_of(server, timeout=30.0, connections=ConnectionOptions(max_connections=1)) as client,
+    ):
         timer = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
         timer.start()
         started = time.monotonic()
@@ -422,12 +455,13 @@ client = httpx.Client(transport=transport, base_url=f"http://{service}")
 def ports():
     return {client.get("/").text for _ in range(20)}
 
-first, stream = client.get("/").text, client.stream("GET", "/")
+first, stream = client.get("/").text, client.stream("GET", "/late")
 begun = stream.__enter__()
 child = os.fork()
 if child == 0:
     try:
         begun.read()
+        print("read what is the parent's", flush=True)
     except httpx.ReadError as error:
         assert "before a fork" in str(error)
     stream.__exit__(None, None, None)
@@ -443,7 +477,7 @@ if child == 0:
         sys.exit()
     client.close()
     os._exit(0)
-assert begun.read()
+assert begun.read() == b"ok"
 stream.__exit__(None, None, None)
 assert os.waitpid(child, 0)[1] == 0
 assert client.get("/").text
@@ -477,19 +511,38 @@ def test_forked_child_does_not_hold_the_parents_connections(serve: Serve) -> Non
     with client_of(server) as client:
         client.get("/")
         assert len(server.connections) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
+
+        def live_on() -> bool:
             os.close(writing)
-            os.read(reading, 1)
-            os._exit(0)
+            return os.read(reading, 1) == b""
+
+        child = fork(live_on)
     try:
         wait_until(lambda: not server.connections)
     finally:
         os.close(writing)
         os.close(reading)
         os.waitpid(child, 0)
+
+
+def test_forked_child_counts_anew() -> None:
+    """A call that the parent was waiting for when it forked does not weigh on the instance in the child."""
+
+    async def hang_or_answer(head: bytes, writer: asyncio.StreamWriter) -> bool:
+        return await (hang if b"/hang" in head else answering(OK))(head, writer)
+
+    with raw(hang_or_answer) as [server], client_of(server, timeout=60.0, retry=RetryPolicy(1)) as client:
+
+        def wait() -> None:
+            with pytest.raises(httpx.ReadTimeout):
+                client.get("/hang", timeout=1.0)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        wait_until(lambda: len(server.requests) == 1)
+        child = fork(lambda: client.get("/").text == "ok" and endpoint_of(client).in_flight == 0)
+        assert os.waitpid(child, 0)[1] == 0
+        waiting.join()
 
 
 def test_exit_without_close_is_quiet(serve: Serve) -> None:
