@@ -25,8 +25,8 @@ class SyncDiscoveryTransport(httpx.BaseTransport):
     ``httpx.Client(transport=SyncDiscoveryTransport(registry.resolver()), base_url="http://backend-api")``. Takes the
     same options and request extensions, and raises the same errors, in the calling thread. The body of a request is
     read in the calling thread too, piece by piece. A call that is interrupted, by Ctrl-C say, is cancelled. May be
-    made before a fork and used after it, on both sides. Neither for coroutines, whose event loop it would block, nor
-    for gevent and eventlet.
+    made before a fork and used after it, on both sides. Not for coroutines, whose event loop
+    it would block, and not under gevent or eventlet.
     """
 
     def __init__(
