@@ -286,7 +286,7 @@ def test_httpx_client_is_told_what_to_do() -> None:
     """The transport of an asynchronous client under a synchronous one: a sentence, not an AttributeError."""
     transport = DiscoveryTransport(StaticResolver({"cards": [Instance("cards-1", "cards", "127.0.0.1", 1)]}))
     client = httpx.Client(transport=transport)  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match=r"httpx\.AsyncClient"):
+    with pytest.raises(InvalidInputError, match=r"SyncDiscoveryTransport"):
         client.get("http://cards/")
     client.close()
     with pytest.raises(InvalidInputError, match=r"httpx\.AsyncClient"), httpx.Client(transport=transport):  # type: ignore[arg-type]

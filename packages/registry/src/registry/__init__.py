@@ -9,6 +9,7 @@ from registry.discovery.endpoint import Endpoint
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.resolver import Resolver, StaticResolver
 from registry.discovery.retry import RetryPolicy
+from registry.discovery.sync import SyncDiscoveryTransport
 from registry.discovery.transport import DiscoveryTransport
 from registry.discovery.upstream import EndpointState, Explanation
 from registry.errors import (
@@ -54,6 +55,7 @@ __all__ = [
     "ServiceSettings",
     "Snapshot",
     "StaticResolver",
+    "SyncDiscoveryTransport",
     "Terms",
     "View",
 ]

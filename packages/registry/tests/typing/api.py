@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from pydantic import Field, SecretStr
 
 from registry import (
+    ConnectionOptions,
     ConsulResolver,
     ConsulSettings,
     DiscoveryTransport,
@@ -28,6 +29,7 @@ from registry import (
     ServiceSettings,
     Snapshot,
     StaticResolver,
+    SyncDiscoveryTransport,
 )
 from registry.fastapi import Check, DiscoveryClient, RegistryMiddleware, health_router, lifespan
 
@@ -115,6 +117,15 @@ async def client(resolver: Resolver) -> None:
     )
     async with httpx.AsyncClient(transport=transport, base_url="http://cards-api") as http:
         await http.get("/", extensions={"tag": "v1", "idempotent": True})
+
+
+def blocking(resolver: Resolver) -> None:
+    """The transport under any ``httpx.Client``."""
+    transport: httpx.BaseTransport = SyncDiscoveryTransport(
+        resolver, retry=RetryPolicy(max_retries=2), deadline=3.0, policy="random", connections=ConnectionOptions()
+    )
+    with httpx.Client(transport=transport, base_url="http://cards-api") as http:
+        assert_type(http.get("/"), httpx.Response)
 
 
 async def resolvers() -> Resolver:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import os
 import time
 from collections.abc import Sequence
 
@@ -39,9 +40,12 @@ class ConsulResolver:
         self._max_watches = max_watches
         self._consul: AsyncConsul | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = os.getpid()
         self._watches: dict[tuple[str, str | None], Watch] = {}
 
     def resolve(self, service: str, tag: str | None = None) -> Snapshot | None:
+        if self._process != os.getpid():
+            self._forget()
         watch = self._watches.get((service.lower(), tag))
         if watch is None or watch.task.done():
             return None
@@ -72,6 +76,8 @@ class ConsulResolver:
         await asyncio.gather(*(self.ready(service) for service in self._upstreams), return_exceptions=True)
 
     async def aclose(self) -> None:
+        if self._process != os.getpid():
+            self._forget()
         tasks = [watch.task for watch in self._watches.values()]
         self._watches.clear()
         for task in tasks:
@@ -98,6 +104,10 @@ class ConsulResolver:
                 self._run(key, watch), name=f"registry watch {key[0]}", context=contextvars.Context()
             )
         return self._watches[key]
+
+    def _forget(self) -> None:
+        """A fork copied the watches, and nothing that runs them: they would show for ever what was known then."""
+        self._process, self._consul, self._watches = os.getpid(), None, {}
 
     async def _run(self, key: tuple[str, str | None], watch: Watch) -> None:
         while key[0] in self._upstreams or time.monotonic() - watch.asked_at < self._idle_timeout:

@@ -79,6 +79,11 @@ class Connection(asyncio.Protocol):
             await self._news(exchange)
         return data
 
+    def here(self) -> bytes | None:
+        """What ``data`` would return at once; None: it would wait. Raises: as ``head``."""
+        assert self._exchange is not None
+        return self._exchange.data()
+
     def finish(self) -> bool:
         """Ends the exchange; whether another may follow on this connection. Otherwise it is closed."""
         exchange, self._exchange = self._exchange, None

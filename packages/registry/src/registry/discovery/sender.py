@@ -18,7 +18,7 @@ from registry.discovery.plain import Answer
 from registry.errors import ResponseTooLargeError
 from registry.model import Instance
 
-__all__ = ["H11Sender", "HttpxSender", "Sender"]
+__all__ = ["H11Sender", "HttpxSender", "Sender", "Stream"]
 
 
 class Sender(Protocol):
@@ -128,7 +128,7 @@ class H11Sender:
                     response = _response(request, head, httpx.ByteStream(b""))
                     await _mark_read(response, packed, self._options)
                 else:
-                    stream = _Stream(connection, pool, origin, request)
+                    stream = Stream(connection, pool, origin, request)
                     response = _response(request, head, stream)
         except BaseException as error:
             if connection is not None and stream is None:
@@ -162,7 +162,7 @@ class H11Sender:
             await asyncio.sleep(0)  # The event loop closes sockets with its next turn.
 
 
-class _Stream(httpx.AsyncByteStream):
+class Stream(httpx.AsyncByteStream):
     """A body that is read piece by piece; closing it early closes its connection."""
 
     def __init__(self, connection: Connection, pool: Connections, origin: Origin, request: httpx.Request) -> None:
@@ -170,19 +170,48 @@ class _Stream(httpx.AsyncByteStream):
         self._pool = pool
         self._origin = origin
         self._request = request
+        self._failure: httpx.RequestError | None = None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        connection = self._connection
         try:
-            while connection is not None and (piece := await connection.data()):
+            while piece := await self.next_piece():
                 yield piece
+        finally:
+            await self.aclose()
+
+    async def next_piece(self) -> bytes:
+        """Undecoded; empty: there is no more. Raises: httpx.TransportError; what the source of the request raises."""
+        piece = b""
+        try:
+            if self._failure is not None:
+                raise self._failure
+            if self._connection is not None:
+                piece = await self._connection.data()
         except httpx.RequestError as error:
             error.request = self._request
             raise
         finally:
-            await self.aclose()
+            if not piece:
+                await self.aclose()
+        return piece
+
+    def here(self) -> bytes | None:
+        """The next piece if it has come already; None: only ``next_piece`` can tell. Raises nothing."""
+        piece: bytes | None = b""
+        try:
+            if self._connection is not None:
+                piece = self._connection.here()
+        except httpx.RequestError as error:
+            self._failure = error
+            return None
+        if piece == b"":
+            self._release()
+        return piece
 
     async def aclose(self) -> None:
+        self._release()
+
+    def _release(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             self._pool.release(connection, self._origin)

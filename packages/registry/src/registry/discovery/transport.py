@@ -186,7 +186,9 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
 
     def handle_request(self, request: httpx.Request) -> NoReturn:
         """Says what to do instead: ``httpx.Client`` calls it."""
-        raise InvalidInputError("DiscoveryTransport is for httpx.AsyncClient: an httpx.Client can't await its calls")
+        raise InvalidInputError(
+            "DiscoveryTransport is for httpx.AsyncClient: give httpx.Client a SyncDiscoveryTransport"
+        )
 
     def __enter__(self) -> NoReturn:
         self.handle_request(httpx.Request("GET", "http://service"))
