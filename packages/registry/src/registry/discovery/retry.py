@@ -65,7 +65,7 @@ class RetryBudget:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """``max_retries`` attempts in total; delays grow from ``retry_delay`` seconds to ``max_delay``."""
+    """At most ``max_retries`` attempts in total; delays grow from ``retry_delay`` to ``max_delay`` seconds."""
 
     max_retries: int = 3
     retry_delay: float = 1.0
