@@ -69,6 +69,12 @@ def test_the_front_page_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 160
 
 
+def test_examples_import_from_the_package() -> None:
+    """Examples import from ``registry``; one page shows that ``orchestrator.registry`` has the same names."""
+    pages = [path for path in PAGES if "orchestrator.registry import" in path.read_text()]
+    assert [name_of(page) for page in pages] == ["docs/howto/register.md"]
+
+
 def test_service_variables_are_documented() -> None:
     """Every variable that a settings class reads stands in the table with its default, and no other.
 
