@@ -21,6 +21,8 @@ from tools.services import SERVICES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+API = ROOT / "docs/reference/api.md"
+ENVIRONMENT = ROOT / "docs/reference/environment.md"
 PAGES = sorted(
     path for pattern in ("*.md", "docs/**/*.md", "services/*/*.md", "packages/*/*.md") for path in ROOT.glob(pattern)
 )
@@ -33,17 +35,15 @@ def name_of(page: Path) -> str:
 
 
 def section(heading: str) -> str:
-    """The part of the README under this heading."""
-    found = re.search(
-        rf"^(#+) {re.escape(heading)}$(.*?)(?=^#{{1,3}} |\Z)", README.read_text(), re.MULTILINE | re.DOTALL
-    )
+    """The part of the list of names under this heading."""
+    found = re.search(rf"^(#+) {re.escape(heading)}$(.*?)(?=^#{{1,3}} |\Z)", API.read_text(), re.MULTILINE | re.DOTALL)
     assert found, f"no heading {heading!r}"
     return found[2]
 
 
 def documented_variables() -> dict[str, tuple[str, str]]:
-    """Variable → (default, who reads it), from the README's table."""
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \| (.*) \|$", section("Environment"), re.MULTILINE)
+    """Variable → (default, who reads it), from the table of variables."""
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \| (.*) \|$", ENVIRONMENT.read_text(), re.MULTILINE)
     assert len(rows) == len({row[0] for row in rows}), "a variable stands there twice"
     return {variable: (default, reader) for variable, default, reader in rows}
 
@@ -62,6 +62,17 @@ def service_variables(settings: type[ServiceSettings], inherited: type[ServiceSe
         words = "`false`" if default is False else words
         found[str(alias or f"SERVICE_{name.upper()}")] = f"`{text}`" if default else words
     return found
+
+
+def test_the_front_page_is_short() -> None:
+    """README says what this is, shows a service and a call, and leads on, in at most 160 lines."""
+    assert len(README.read_text().splitlines()) <= 160
+
+
+def test_examples_import_from_the_package() -> None:
+    """Examples import from ``registry``; one page shows that ``orchestrator.registry`` has the same names."""
+    pages = [path for path in PAGES if "orchestrator.registry import" in path.read_text()]
+    assert [name_of(page) for page in pages] == ["docs/howto/register.md"]
 
 
 def test_service_variables_are_documented() -> None:
@@ -147,11 +158,13 @@ def first_column(page: Path) -> list[str]:
 
 
 def test_architecture_has_every_module() -> None:
-    """The table of modules has every module of the package, and no other."""
+    """The tables of modules have every module of the package and of its wings, every other folder, and no more."""
     package = Path(registry.__file__).parent
-    modules = {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
-    folders = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert set(first_column(ROOT / "docs/architecture.md")) == modules | folders
+    wings = {"consul", "discovery", "presence"}
+    files = [path.relative_to(package) for path in package.rglob("*.py") if path.name != "__init__.py"]
+    modules = {path.as_posix() for path in files if path.parent.name in {"", *wings}}
+    folders = {f"{path.parts[0]}/" for path in files if len(path.parts) > 1} - {f"{wing}/" for wing in wings}
+    assert sorted(first_column(ROOT / "docs/architecture.md")) == sorted(modules | folders)
 
 
 def test_dependencies_are_all_explained() -> None:
@@ -171,7 +184,7 @@ def rows(page: Path) -> list[list[str]]:
     return [re.split(r" *\| *", line)[1:-1] for line in page.read_text().splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("page", ["docs/failures.md", "docs/howto/scale.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/failures.md", "docs/howto/scale.md"])
 def test_figures_are_measured(page: str) -> None:
     """Every "N of M calls failed" is what the last benchmark counted in one of its scenes."""
     measured = {(row[2], row[1]) for row in rows(ROOT / "docs/benchmarks/README.md") if len(row) == 9}

@@ -143,8 +143,6 @@ def play(page: list[Block], python: Path, agent: ConsulAgent, folder: Path) -> N
     program, expected = f"CONSUL = {agent.http_port}\n{_PRELUDE}", []
     for block in page:
         code = re.sub(rf"\b({'|'.join(ports)})\b", lambda found: ports[found[1]], block.code)
-        # The package has the names itself; in this repository a service offers them, too.
-        code = code.replace("from orchestrator.registry import", "from registry import")
         match block.language, block.options:
             case "python", "":
                 program += f"{code}\n"
@@ -162,9 +160,9 @@ def play(page: list[Block], python: Path, agent: ConsulAgent, folder: Path) -> N
 
 
 def test_the_quick_start_works(served: Path, private_consul_agent: ConsulAgent, tmp_path: Path) -> None:
-    """The README's quick start and its first service, with the wheel and a server alone."""
+    """The README's one service and its one call, with the wheel and a server alone."""
     text = (ROOT / "README.md").read_text()
-    found = re.search(r"^## Quick start$.*?^## Integrate with FastAPI$.*?(?=^## )", text, re.MULTILINE | re.DOTALL)
+    found = re.search(r"^## One service$.*?^## One call$.*?(?=^## )", text, re.MULTILINE | re.DOTALL)
     assert found
     play(blocks(found[0]), served, private_consul_agent, tmp_path)
 

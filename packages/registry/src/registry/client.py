@@ -1,4 +1,4 @@
-"""The facade: call a service by name, get an ``httpx.Response`` or an error that says what happened."""
+"""The facade: call a service by name; get an ``httpx.Response``, or an error that says what happened."""
 
 import math
 import time
@@ -31,12 +31,13 @@ class _HasResolver(Protocol):
 
 
 class ServiceDiscoveryClient:
-    """Calls services by name over one long-lived httpx client; belongs to one event loop. Close it when done.
+    """Calls services by name, over connections that it keeps open. Belongs to one event loop; close it when done.
 
-    ``registry``: a ServiceRegistry, or any Resolver. ``timeout``: seconds that one attempt may take; connecting takes
-    at most 2 of them. ``deadline``: seconds for the whole call, by default twice the timeout. ``max_retries``:
-    attempts in total, at least 1; each goes to an instance not yet tried, and only once all were tried comes a
-    back-off that grows from ``retry_delay`` seconds. ``retry``: all of that and more, in place of these two.
+    ``registry``: a ServiceRegistry, or any Resolver. ``timeout``: time limit for one attempt, in seconds; connecting
+    may take at most 2 s of it. ``deadline``: time limit for the whole call, in seconds; by default twice the timeout.
+    ``max_retries``: attempts in total, at least 1. Each attempt goes to an instance that the call has not tried. Once
+    all have been tried, it waits before the next attempt, for a delay that grows from ``retry_delay`` seconds.
+    ``retry``: all of these and more, instead of the last two.
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class ServiceDiscoveryClient:
         self.http = httpx.AsyncClient(transport=self._transport, timeout=timeouts_of(timeout), follow_redirects=True)
         """The httpx client over the same transport, for what the facade does not offer: streams, cookies.
 
-        URLs are ``http://<service name>/path``. Of what is set here, headers, params, hooks and auth hold for the
-        facade's calls too; cookies do not.
+        URLs are ``http://<service name>/path``. Headers, params, hooks and auth that are set here also apply to the
+        calls of the facade; cookies do not.
         """
         self._way = Way(self._transport, self.http, self._terms)
         self._requests = Requests(self.http)
@@ -97,19 +98,19 @@ class ServiceDiscoveryClient:
         hedge: bool | None = None,
         timeout: Seconds = None,
     ) -> httpx.Response:
-        """The answer of one instance of the service, its body read; what is not named here means what httpx means.
+        """Returns the response of one instance of the service, body included. Cancelling the call cancels its attempts.
 
-        ``path`` starts with ``/`` and may carry a query. ``idempotent=True``: this request may be sent twice, whatever
-        its method. ``hedge=True``: when the answer takes longer than 95 % of the last ones, ask another instance too
-        and take the first answer; idempotent requests only. ``timeout``: seconds for one attempt, instead of the
-        client's; an httpx.Timeout limits each step as it does in httpx. ``follow_redirects``: True: to other services
-        too, but never with ``Authorization`` or cookies; False: not at all; None: within the service. Cancelling the
-        call cancels its attempts.
+        ``path`` starts with ``/`` and may have a query. ``idempotent=True``: this request may be sent twice, whatever
+        its method. ``hedge=True``: if the response takes longer than 95 % of recent ones, ask another instance as well
+        and return the first response; idempotent requests only. ``timeout``: seconds for one attempt, instead of the
+        client's; an httpx.Timeout limits each step as in httpx. ``follow_redirects``: True also follows redirects to
+        other services, but without ``Authorization`` and cookies; False follows none; None follows those within the
+        service. All other arguments mean the same as in httpx.
 
         Raises: httpx.HTTPStatusError for a 4xx at once and for a 5xx after the last attempt; httpx.TransportError
         after the last attempt; ServiceNotFoundError (a ValueError), NoHealthyInstanceError, RegistryUnavailableError;
-        InvalidInputError before anything is sent, and for a redirect that leaves the service; what the source of the
-        request's body raises.
+        InvalidInputError before anything is sent, and for a redirect that leaves the service; any error that the source
+        of the request's body raises.
         """
         limit, timeouts = self._limits(timeout)
         asked: dict[str, Any] = {"timeout": timeouts, "hedge": self._hedge if hedge is None else hedge}
@@ -173,7 +174,7 @@ class ServiceDiscoveryClient:
         timeout: Seconds = None,
         **kwargs: Any,
     ) -> httpx.Response:
-        """``call_service`` with POST: sent again only if it can't have been seen, or may be sent twice."""
+        """``call_service`` with POST: repeated only if no instance can have seen it, or if it may be sent twice."""
         kwargs |= {"tag": tag, "idempotent": idempotent, "hedge": hedge, "timeout": timeout}
         return await self.call_service(service_name, path, "POST", **kwargs)
 
@@ -218,12 +219,12 @@ class ServiceDiscoveryClient:
         timeout: Seconds = None,
         **kwargs: Any,
     ) -> httpx.Response:
-        """``call_service`` with PATCH: sent again only if it can't have been seen, or may be sent twice."""
+        """``call_service`` with PATCH: repeated only if no instance can have seen it, or if it may be sent twice."""
         kwargs |= {"tag": tag, "idempotent": idempotent, "hedge": hedge, "timeout": timeout}
         return await self.call_service(service_name, path, "PATCH", **kwargs)
 
     def explain(self, service_name: str, tag: str | None = None) -> Explanation:
-        """Why an instance of the service would be chosen or not, as this process sees it now. Memory only."""
+        """The state of each instance in this process: why it is picked or not. Reads memory only, never blocks."""
         return self._transport.explain(service_name, tag)
 
     async def aclose(self) -> None:

@@ -1,4 +1,4 @@
-"""A FastAPI service that is found as long as it can answer, and finds others: lifespan, middleware, dependency."""
+"""Makes a FastAPI app a service that others find while it can answer, and that can call them by name."""
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -47,16 +47,16 @@ def lifespan(
 ) -> Lifespan:
     """The lifespan of a registered service: ``FastAPI(lifespan=lifespan(settings))``.
 
-    Registers the service once its advertised address answers ``/health``, keeps it registered, and opens one
-    ServiceDiscoveryClient for the dependency ``DiscoveryClient``. On SIGTERM it deregisters first, goes on serving for
-    ``settings.drain_seconds`` and only then lets the server stop. Never fails and never waits because Consul is away.
+    It registers the service once its advertised address answers ``/health``, keeps it registered, and opens the one
+    ServiceDiscoveryClient that ``DiscoveryClient`` returns. On SIGTERM it deregisters first, keeps serving for
+    ``settings.drain_seconds``, and only then lets the server stop. If Consul is away, the app starts anyway.
 
-    ``upstreams``: services this one calls; they are known before the first request, if Consul answers within 2 s.
-    ``inner``: the app's own lifespan, entered before and left after. ``consul``: the environment's unless given.
-    ``client``: makes the client from a resolver, where ``settings.call_timeout``, ``call_retries`` and
-    ``call_deadline`` do not say enough: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``.
+    ``upstreams``: services that this one calls. Their instances are known before the first request, provided that
+    Consul answers within 2 s. ``inner``: the app's own lifespan, entered first and left last. ``consul``: by default
+    taken from the environment. ``client``: builds the client from a resolver, for options that ``settings`` does not
+    have: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``.
 
-    Raises, when the app starts: InvalidInputError, for a second ``lifespan`` of the same app, as one app has one name.
+    Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
 
     make = client or partial(
@@ -115,13 +115,13 @@ def _known(app: FastAPI, registrar: Registrar, client: ServiceDiscoveryClient) -
 class RegistryMiddleware:
     """Puts ``X-Service-Instance: <id>`` on every response: ``app.add_middleware(RegistryMiddleware)``.
 
-    Or around the whole: ``app = RegistryMiddleware(app)``.
+    It can also wrap the whole app: ``app = RegistryMiddleware(app)``.
 
-    While the instance drains, also ``Connection: close``: no caller keeps a connection that is about to be cut.
-    A request whose deadline has passed is answered 504 at once, and the app never sees it. The deadline and the retry
-    marker hold for the calls that a ServiceDiscoveryClient makes on the request's behalf: the deadline until its answer
-    begins, the marker until it is whole. ``trust_caller=False``, for a front door whose callers are strangers: both
-    headers are ignored. A body that comes in too slowly is answered 408 (``registry.limits``).
+    During the drain it adds ``Connection: close``, so that callers keep no connection that is about to be closed.
+    A request whose deadline has passed gets 504 at once, and the app never sees it. The calls that a
+    ServiceDiscoveryClient makes for a request inherit its deadline (until the response begins) and its retry marker
+    (until the response is complete). ``trust_caller=False`` ignores both headers: use it for a service that strangers
+    can call. A request whose body arrives too slowly gets 408 (``registry.limits``).
     """
 
     def __init__(self, app: ASGIApp, *, trust_caller: bool = True) -> None:
@@ -196,10 +196,10 @@ async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
 
 
 async def refuse_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
-    """FastAPI's 422, without the refused value: ``app.exception_handler(RequestValidationError)(…)``.
+    """FastAPI's 422 without the rejected value: ``app.exception_handler(RequestValidationError)(…)``.
 
-    The value may be long, or the very thing that can't be written as JSON (half a surrogate pair, NaN), and then
-    FastAPI's own answer would be a 500.
+    The value may be long, or impossible to represent as JSON (half a surrogate pair, NaN); FastAPI's own response would
+    then be a 500.
     """
     detail = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
     return JSONResponse({"detail": detail}, 422)

@@ -1,4 +1,4 @@
-"""What discovery talks about: an instance, and the snapshot of all instances of a service."""
+"""The data of discovery: an instance, and the snapshot of all instances of a service."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,16 +18,16 @@ class Instance:
     """
 
     id: str
-    """Unique among all instances of the service; ``"{service}-{address}-{port}"`` unless chosen by hand."""
+    """Unique among all instances of the service; by default ``"{service}-{address}-{port}"``."""
     service: str
     """The logical name."""
     address: str
-    """IP address or host name, without brackets. The service's own, else its node's."""
+    """IP address or host name, without brackets: the address of the service if registered, or else of its node."""
     port: int
     tags: Sequence[str] = ()
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
     weight: int = 1
-    """Share of the traffic relative to the others; Consul's ``Weights.Passing``."""
+    """Share of the traffic relative to the other instances; Consul's ``Weights.Passing``."""
 
     @overload
     def __getitem__(self, name: Literal["port", "weight"]) -> int: ...
@@ -47,17 +47,17 @@ class Instance:
 
     @property
     def key(self) -> Key:
-        """What tells it from every other instance of its service."""
+        """Identifies it among all instances of its service, over time."""
         return self.id, self.address, self.port
 
     @property
     def scheme(self) -> str:
-        """``https`` when its metadata say ``secure=true``, as Spring Cloud has it, else ``http``."""
+        """``https`` if its metadata contain ``secure=true``, as Spring Cloud writes it; otherwise ``http``."""
         return "https" if self.meta.get("secure", "").lower() == "true" else "http"
 
     @property
     def netloc(self) -> str:
-        """``host:port`` as it stands in a URL, IPv6 in brackets."""
+        """``host:port`` as in a URL, with IPv6 in brackets."""
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
@@ -67,43 +67,43 @@ Snapshot: TypeAlias = tuple[Instance, ...]
 
 @dataclass(frozen=True, slots=True)
 class ServiceHealth:
-    """What the checks of one instance say."""
+    """The results of one instance's checks."""
 
     status: str
-    """The worst of all checks: ``passing``, ``warning`` or ``critical``."""
+    """The worst status of all checks: ``passing``, ``warning`` or ``critical``."""
     checks: Mapping[str, str]
     """Check id → status."""
     outputs: Mapping[str, str]
-    """Check id → what the check saw last."""
+    """Check id → the output of its last run."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """An instance that is not offered, and why."""
+    """An instance that is not offered to callers, and the reason."""
 
     id: str
     reason: str
-    """Such as ``in maintenance: new disks``, ``check 'health' is critical``, ``deregistered``."""
+    """For example ``in maintenance: new disks``, ``check 'health' is critical``, ``deregistered``."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How fresh a resolver's view of one service is, and where it is from."""
+    """How fresh a resolver's view of one service is, and where it comes from."""
 
     source: str
-    """Who said it."""
+    """Where it comes from, such as the URL of Consul."""
     age: float | None
-    """Seconds since the source last said anything but an error; None: never. A parked question is silence too."""
+    """Seconds since the source last answered without an error; None: never. Grows while a blocking query waits."""
     changed: float | None
     """Seconds since the list last changed; None: never."""
     registered: int | None
-    """How many instances are registered, usable or not; None: unknown."""
+    """The number of registered instances, usable or not; None: unknown."""
     error: str | None
-    """Why the source does not answer now; None: it does, or was not asked."""
+    """Why the source does not answer at present; None: it does, or has not been asked."""
     left_out: tuple[LeftOut, ...] = ()
-    """Registered or known from before, and not offered. Those who withdrew are named for about a minute."""
+    """Instances registered or known from before, but not offered. Deregistered ones are listed for about a minute."""
     lost: frozenset[Key] | None = None
-    """Of these, the ones that nobody took out on purpose: their checks fail, or the source forgot them.
+    """Those of them that nobody removed on purpose: their checks fail, or the source has lost them.
 
-    They are asked while nobody else is left. None: the source can't tell, so all that are gone count as lost.
+    They are called while no other instance is left. None: the source can't tell, so all that are gone count as lost.
     """

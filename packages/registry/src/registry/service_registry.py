@@ -1,4 +1,4 @@
-"""The synchronous control plane: register, deregister and query. For calls between services use the client."""
+"""The synchronous control plane: register, deregister and query. To call services, use ServiceDiscoveryClient."""
 
 import random
 from collections.abc import Sequence
@@ -22,10 +22,11 @@ __all__ = ["ServiceRegistry"]
 
 
 class ServiceRegistry:
-    """Registers, deregisters and finds services on one Consul agent. Every method blocks; safe to share by threads.
+    """Registers, deregisters and finds services through one Consul agent. Every method blocks; thread-safe.
 
-    All methods but ``is_healthy`` raise RegistryUnavailableError when Consul can't be asked (never "not found"),
-    RegistryError when it refuses (a token without the right, say), and InvalidInputError before anything is sent.
+    All methods but ``is_healthy`` raise RegistryUnavailableError if Consul can't be reached (this never looks like
+    "not found"), RegistryError if Consul rejects the request (for example because of the token), and InvalidInputError
+    before anything is sent.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class ServiceRegistry:
     ) -> None:
         """Uses these arguments and no environment variable; ``settings=ConsulSettings()`` uses the environment.
 
-        ``timeout``: seconds that one request may take. Sends nothing yet.
+        ``timeout``: time limit for one request to Consul, in seconds. Sends nothing yet.
         """
         given = {"host": host, "port": port, "token": token, "scheme": scheme, "consistency": consistency}
         given |= {"ca_file": ca_file, "timeout": timeout}
@@ -69,12 +70,12 @@ class ServiceRegistry:
     ) -> str:
         """Registers an instance with an HTTP check, and returns its id, by default ``"{name}-{address}-{port}"``.
 
-        The instance is critical until its first check, which Consul runs within one interval, and critical again on
-        exactly the third failure in a row (the very first check decides alone). From then on it is not discovered.
+        The instance is critical until its first check, which Consul runs within one interval and which counts alone.
+        After that it becomes critical on exactly the third failure in a row; critical instances are not discovered.
         Consul removes it from the catalog later: ``deregister_critical_service_after`` counts from the first failed
-        check, is never less than one minute whatever it says, and is acted on every 30 s; None: never.
+        check, has a minimum of one minute, and is evaluated every 30 s; None: never.
         Intervals are Consul durations, such as ``"10s"``.
-        A service that runs registry.fastapi registers itself, as passing: don't register it here too.
+        A service that uses registry.fastapi registers itself, as passing: do not register it here as well.
 
         Source: https://developer.hashicorp.com/consul/api-docs/agent/check#register-check
         """
@@ -95,10 +96,10 @@ class ServiceRegistry:
         return registration.id
 
     def deregister_service(self, service_id: str) -> bool:
-        """True: it was in Consul, and is gone. False: neither this agent nor the catalog knew such an id.
+        """True: the instance has been removed from Consul. False: neither this agent nor the catalog knew that id.
 
-        Behind a load balancer, several agents may be asked until one has it. If none of those reached does, it is taken
-        out of the catalog, from which its own agent may bring it back within a minute.
+        Behind a load balancer, this may ask several agents until it reaches the one that has the instance. If it does
+        not reach that one, it removes the instance from the catalog; its agent may restore it within a minute.
         """
         check_id(service_id)
         path, nodes = f"/v1/agent/service/deregister/{service_id}", set[str]()
@@ -114,9 +115,9 @@ class ServiceRegistry:
         return True
 
     def discover_service(self, name: str, tag: str | None = None, passing: bool = True) -> list[Instance]:
-        """The service's instances, sorted by id; empty when there are none. ``passing=False``: also unhealthy ones.
+        """The service's instances, sorted by id, may be empty. ``passing=False`` includes unhealthy ones.
 
-        An entry that can't be called, having no port or an address that is none, is left out, and logged once.
+        An entry without a port or with an invalid address is left out, and logged once.
         """
         check_known_service(name)
         params = [("passing", "1")] if passing else []
@@ -140,7 +141,7 @@ class ServiceRegistry:
         return list(listing.instances)
 
     def discover_all_services(self) -> dict[str, list[str]]:
-        """Every service name that the token may read, with all tags of its instances; includes ``consul`` itself."""
+        """All service names that the token may read, each with the tags of its instances; includes ``consul``."""
         with consul_errors(self.settings):
             services: dict[str, list[str]] = self._consul.catalog.services()[1]
             return services
@@ -148,10 +149,10 @@ class ServiceRegistry:
     def get_service_url(
         self, name: str, tag: str | None = None, load_balance: bool = True, scheme: str = "http"
     ) -> str | None:
-        """``scheme://host:port`` of a healthy instance, None when there is none.
+        """``scheme://host:port`` of a healthy instance; None if there is none.
 
-        ``scheme``: for an instance that does not name its own; one whose metadata say ``secure=true`` gets ``https``.
-        ``load_balance``: a random instance; False: always the first by id.
+        ``scheme`` applies to instances without a scheme of their own; those with the metadata ``secure=true`` get
+        ``https``. ``load_balance=True`` picks a random instance, False always the first by id.
         """
         if scheme not in {"http", "https"}:
             raise InvalidInputError(f"{scheme!r} is not a scheme: pass 'http' or 'https'")
@@ -162,7 +163,7 @@ class ServiceRegistry:
         return f"{'https' if instance.scheme == 'https' else scheme}://{instance.netloc}"
 
     def get_service_health(self, service_id: str) -> ServiceHealth | None:
-        """What this agent's checks say of one of its own instances; None: this agent knows no such id."""
+        """The health of an instance that is registered with this agent; None if this agent does not know the id."""
         check_id(service_id)
         with consul_errors(self.settings):
             path = f"/v1/agent/health/service/id/{service_id}"
@@ -170,7 +171,7 @@ class ServiceRegistry:
             return health
 
     def is_healthy(self) -> bool:
-        """Whether Consul answers and its cluster has a leader. Raises nothing."""
+        """Whether Consul answers and its cluster has a leader. Never raises."""
         try:
             with consul_errors(self.settings):
                 return bool(self._consul.status.leader())
@@ -178,7 +179,7 @@ class ServiceRegistry:
             return False
 
     def resolver(self) -> ConsulResolver:
-        """A live view of the same Consul, for a client. Sends nothing yet."""
+        """A resolver that watches the same Consul, for a client. Sends nothing yet."""
         return ConsulResolver(self.settings)
 
     def close(self) -> None:

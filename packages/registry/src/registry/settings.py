@@ -1,6 +1,6 @@
-"""The environment: ``CONSUL_*`` says where the registry is, ``SERVICE_*`` says who this service is.
+"""Settings from the environment: ``CONSUL_*`` for the way to Consul, ``SERVICE_*`` for this service.
 
-Consul's own variables keep the meaning that its command line gives them.
+Consul's own variables mean the same as for its command line.
 Source: https://developer.hashicorp.com/consul/commands#environment-variables
 """
 
@@ -48,10 +48,10 @@ def _blank_is_unset(value: object) -> object:
 
 
 class ConsulSettings(BaseSettings):
-    """How to reach Consul. Arguments win over the environment.
+    """How to reach Consul. Arguments take precedence over the environment.
 
-    Raises: pydantic.ValidationError or InvalidInputError (both ValueError), when an argument or a variable can't be
-    right; the message never shows the token.
+    Raises: pydantic.ValidationError or InvalidInputError (both are ValueError) if an argument or a variable is invalid;
+    the message never shows the token.
     """
 
     model_config = SettingsConfigDict(frozen=True, hide_input_in_errors=True)
@@ -63,25 +63,25 @@ class ConsulSettings(BaseSettings):
     token_file: Path | None = None
     ca_file: Path | None = None
     ca_path: Path | None = None
-    """A directory; every file in it holds certificates of authorities, like ``ca_file``."""
+    """A directory of files with CA certificates, each like ``ca_file``."""
     client_cert: Path | None = None
-    """The certificate that we present, for a Consul that asks for one; its key is in ``client_key``, or beside it."""
+    """Client certificate, if Consul asks for one. The key is in ``client_key``, or in the same file."""
     client_key: Path | None = None
     tls_server_name: str | None = None
-    """The name in Consul's certificate, where that is not the host."""
+    """The name in Consul's certificate, if it differs from the host."""
     verify: bool = True
-    """Whether Consul's certificate is checked."""
+    """Whether to verify Consul's certificate."""
     auth: SecretStr | None = None
-    """``user:password`` of HTTP basic authentication, for a proxy in front of Consul."""
+    """``user:password`` for HTTP basic authentication at a proxy in front of Consul."""
     socket: Path | None = None
-    """The Unix socket at which Consul listens; host and port then only say what this host is to itself."""
+    """The Unix socket on which Consul listens. Host and port are then only used to find this host's address."""
     consistency: Literal["default", "consistent", "stale"] = "default"
     timeout: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    """Seconds that one ordinary request to Consul may take."""
+    """Time limit for one ordinary request to Consul, in seconds."""
     wait: float = Field(default=50.0, ge=1, le=600)
-    """Seconds, at most, that Consul parks a question until there is news; it adds up to a sixteenth.
+    """Maximum duration of a blocking query, in seconds; Consul adds up to a sixteenth.
 
-    With that, keep it below what a proxy in between waits for an answer, or the proxy cuts every question.
+    The sum must be below the timeout of any proxy in between; otherwise the proxy cuts every query.
     """
 
     @classmethod
@@ -132,9 +132,9 @@ class ConsulSettings(BaseSettings):
         return f"{self.scheme}://{host}:{self.port}"
 
     def read_token(self) -> str | None:
-        """The ACL token, read anew from its file at each call, so that a rotated token is picked up. Blocks briefly.
+        """The ACL token, read from its file at each call, so that a rotated token takes effect. Blocks briefly.
 
-        Raises: InvalidInputError, when the file can't be read or holds no token.
+        Raises: InvalidInputError, if the file can't be read or contains something that is not a token.
         """
         if self.token is not None:
             return self.token.get_secret_value()
@@ -156,9 +156,9 @@ def _check_token(token: str, what: str) -> str:
 
 
 class ServiceSettings(BaseSettings):
-    """Who this service is. Subclass it in a service and give ``name`` and ``port`` their defaults.
+    """What this service registers, and how. Subclass it in a service, and give ``name`` and ``port`` defaults.
 
-    Raises: pydantic.ValidationError, when a variable can't be right.
+    Raises: pydantic.ValidationError, if a variable is invalid.
     """
 
     model_config = SettingsConfigDict(
@@ -167,16 +167,16 @@ class ServiceSettings(BaseSettings):
 
     name: str
     port: int
-    """The port that callers reach: the one given to uvicorn's ``--port``."""
+    """The port that callers use, normally the one given to uvicorn's ``--port``."""
     scheme: Literal["http", "https"] = "http"
-    """How callers, Consul's check and our own probe speak to it."""
+    """The scheme for callers, for Consul's check and for the probe before registration."""
     address: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
-    """Where callers reach this instance; unset: the address that this host uses to reach Consul."""
+    """The address that callers use; unset: the address from which this host reaches Consul."""
     tags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     meta: dict[str, str] = Field(default_factory=dict)
-    """Wins over what a registration says by itself: ``version``, ``metrics_path`` and ``secure``."""
+    """Takes precedence over the default metadata ``version``, ``metrics_path`` and ``secure``."""
     version: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
-    """The version that is registered; unset: the FastAPI app's own."""
+    """The version to register; unset: the version of the FastAPI app."""
     weight: int = Field(default=1, ge=1, le=65535)
     call_timeout: float = Field(default=30.0, gt=0, le=3_600)
     """Seconds that one attempt of a call to another service may take."""
@@ -185,17 +185,17 @@ class ServiceSettings(BaseSettings):
     call_deadline: float | None = Field(default=None, gt=0, le=7_200)
     """Seconds that a call may take with all its attempts; unset: twice ``call_timeout``."""
     drain_seconds: float = Field(default=1.5, ge=0, le=60)
-    """How long the service goes on serving after it withdrew from Consul on SIGTERM."""
+    """How long the service keeps serving after it has left Consul on SIGTERM, in seconds."""
     health_check_interval: float = Field(default=10.0, ge=0.5, le=86_400)
     """Seconds between Consul's checks; three failures in a row take the instance out of discovery."""
     health_check_path: str = "/health"
-    """Where the health router is: with a prefix, not ``/health``."""
+    """The path of the health router; differs from ``/health`` if the router has a prefix."""
     health_check_headers: dict[str, SecretStr] = Field(default_factory=dict)
-    """What Consul and our own probe send along: a token, or the ``Host`` that the app insists on."""
+    """Headers of Consul's check and of the probe: for example a token, or the ``Host`` that the app requires."""
     health_check_tls_server_name: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
-    """The name in the service's certificate, which is hardly its address."""
+    """The name in the service's certificate, if it differs from its address."""
     health_check_tls_skip_verify: bool = False
-    """Whether Consul's check and our own probe take any certificate."""
+    """Whether Consul's check and the probe accept any certificate."""
 
     @classmethod
     def settings_customise_sources(

@@ -1,7 +1,7 @@
-"""Is this running service a good citizen? A black box, asked over HTTP and over Consul, in any language.
+"""Checks that a running service, in any language, keeps the promises that its callers rely on, over HTTP and Consul.
 
 ``python -m registry.conformance http://localhost:8004 --consul http://localhost:8500`` prints a line for each promise;
-`examine` gives the same to a test.
+`examine` returns the same findings to a test.
 """
 
 from registry.conformance.examination import PROMISES, CannotExamineError, Finding, Verdict, examine

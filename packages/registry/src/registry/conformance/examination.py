@@ -15,7 +15,7 @@ from registry.settings import ConsulSettings
 __all__ = ["PROMISES", "CannotExamineError", "Finding", "Verdict", "examine"]
 
 Verdict = Literal["kept", "broken", "unclear", "not asked for"]
-"""``unclear``: could not be seen, which is no pass. ``not asked for``: would disturb the service, or needs help."""
+"""``unclear``: could not be observed, so not passed. ``not asked for``: needs an option, since it may disturb."""
 
 PROMISES = {
     "registered": "Consul lists it",
@@ -31,23 +31,23 @@ PROMISES = {
     "comes-back": "forgotten by Consul, it registers again",
     "drains": "on SIGTERM it leaves Consul, serves on for a moment, and only then ends",
 }
-"""Name → what a good citizen promises, in the order of the examination."""
+"""Name → promise, in the order of the examination."""
 
 Act = Callable[[], object]
 
 
 class CannotExamineError(RuntimeError):
-    """The service or Consul does not answer at all; the message says which, and what to do."""
+    """The service or Consul does not answer at all. The message says which one, and what to do."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one promise."""
+    """The result for one promise."""
 
     promise: str
     verdict: Verdict
     sentence: str
-    """What was seen; when broken: what is wrong, and what to do."""
+    """What was observed; if the promise is broken, also what to do."""
 
     def __str__(self) -> str:
         """As a line."""
@@ -68,15 +68,15 @@ def examine(
     patience: float = 15.0,
     tell: Callable[[Finding], object] | None = None,
 ) -> list[Finding]:
-    """One finding for each of `PROMISES`, in their order, about the instance at ``url``. Blocks; seconds.
+    """Returns one finding for each of `PROMISES`, in order, about the instance at ``url``. Blocks for some seconds.
 
-    ``consul``: the agent that it registers with, the environment's unless given. ``path``: what a GET with a deadline
-    may ask. ``replica``: the URL of a second instance, whose id must be another.
+    ``consul``: the agent with which it registers, by default from the environment. ``path``: a path that may be
+    requested with a GET. ``replica``: the URL of a second instance, which must have a different id.
 
-    The rest disturbs the service, and is only done when asked for: ``sicken`` and ``heal`` make one of its components
-    fail and work again (about four check intervals); ``forget`` takes it out of Consul; ``stop`` tells it to stop, as
-    SIGTERM does, and may block until it has ended. ``patience``: seconds to wait for what takes its time.
-    ``tell`` is called with each finding as it is made. Raises: CannotExamineError.
+    The other promises disturb the service, and are only checked on request: ``sicken`` and ``heal`` make one of its
+    components fail and work again (takes about four check intervals); ``forget=True`` removes it from Consul; ``stop``
+    tells it to stop, like SIGTERM, and may block until it has exited. ``patience``: seconds to wait for slow changes.
+    ``tell`` is called with each finding at once. Raises: CannotExamineError.
     """
     with Subject(url, consul or ConsulSettings(), patience) as subject:
         _meet(subject)

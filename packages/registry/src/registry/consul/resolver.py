@@ -1,4 +1,4 @@
-"""A live view of who is there: one blocking query per (service, tag), read from memory."""
+"""A live view of the instances of services: one blocking query per (service, tag), answers from memory."""
 
 import asyncio
 import contextvars
@@ -17,11 +17,11 @@ __all__ = ["ConsulResolver"]
 
 
 class ConsulResolver:
-    """Watches each service that was asked for, and answers from memory. Belongs to one event loop at a time.
+    """Watches each service that is asked for, and answers from memory. Belongs to one event loop at a time.
 
-    The first question about a service waits for Consul's answer, at most ``first_answer_timeout`` seconds; later ones
-    never wait. Names in ``upstreams`` are watched from ``start`` on and for ever; any other watch ends after
-    ``idle_timeout`` seconds without a question, and the least recently asked one ends when there are ``max_watches``.
+    The first question about a service waits for Consul, at most ``first_answer_timeout`` seconds; others never wait.
+    Services in ``upstreams`` are watched from ``start`` until the end. Any other watch ends after ``idle_timeout``
+    seconds without a question; when there are ``max_watches``, a new one replaces the least recently used.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ConsulResolver:
         return watch.passing()
 
     def view(self, service: str, tag: str | None = None) -> View:
-        """How fresh the answer is, and what Consul said last."""
+        """How fresh the answer is, and what Consul answered last."""
         watch = self._watches.get((service.lower(), tag))
         if watch is None:
             return View(self.settings.url, None, None, None, None)
@@ -70,7 +70,7 @@ class ConsulResolver:
             ) from None
 
     async def start(self) -> None:
-        """Begins to watch the declared upstreams and waits until each has an answer or an error."""
+        """Starts watching the upstreams, and waits until each has an answer or an error."""
         for service in self._upstreams:
             self._watch(service, None)
         await asyncio.gather(*(self.ready(service) for service in self._upstreams), return_exceptions=True)

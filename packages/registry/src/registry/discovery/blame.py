@@ -1,27 +1,27 @@
-"""Who is to blame for an outcome. Only proof takes an instance out; what nobody knows counts against nobody.
+"""Whom an outcome counts against. Only proof ejects an instance; an unclear outcome counts against nobody.
 
-| outcome of an attempt                                                     | sent?   | speaks against |
+| outcome of an attempt                                                     | sent?   | counts against |
 |---------------------------------------------------------------------------|---------|----------------|
-| an answer below 500                                                       | yes     | nobody         |
-| an answer from 500 on                                                     | yes     | the instance   |
+| a response with a status below 500                                        | yes     | nobody         |
+| a response with a status of 500 or above                                  | yes     | the instance   |
 | ``ConnectError``: refused, unreachable, no such host                      | no      | the instance   |
-| ``ConnectTimeout``, after longer than answers usually take                | no      | the instance   |
+| ``ConnectTimeout``, after longer than responses usually take              | no      | the instance   |
 | ``ReadTimeout``, ``WriteTimeout``, likewise                               | perhaps | the instance   |
-| any of these, cut sooner by a limit of the caller's own                   | perhaps | the caller     |
+| any of these timeouts, earlier, because of the caller's own limit         | perhaps | the caller     |
 | ``ReadError``, ``WriteError``, ``RemoteProtocolError``, ``DecodingError`` | perhaps | the instance   |
-| ``ConnectError``, ``ConnectTimeout`` in the handshake of TLS              | no      | nobody         |
-| no descriptor, port or memory left; a name server that does not answer    | no      | the caller     |
+| ``ConnectError``, ``ConnectTimeout`` during the TLS handshake             | no      | nobody         |
+| no file descriptor, port or memory left; the name server does not answer  | no      | the caller     |
 | ``PoolTimeout``: all connections in use                                   | no      | the caller     |
 | ``LocalProtocolError``, ``UnsupportedProtocol``                           | no      | the caller     |
-| whatever the source of the request's body raises                          | perhaps | the caller     |
+| any error that the source of the request's body raises                    | perhaps | the caller     |
 | cancelled                                                                 | perhaps | the caller     |
 | ``ResponseTooLargeError``                                                 | yes     | nobody         |
 | anything else                                                             | perhaps | nobody         |
 
-A failed handshake may mean no more than that TLS was asked of a port that does not speak it, or that the caller lacks
-a CA; one that an instance with ``secure=true`` breaks off or leaves unanswered speaks against it. An outcome that
-speaks against nobody ejects nobody, and yet makes the instance a less likely choice for a moment: one that fails in
-an unknown way must not attract calls by failing quickly.
+A failed handshake may only mean that the port does not serve TLS, or that the caller lacks a CA. If an instance with
+``secure=true`` breaks off the handshake or does not answer it, that counts against the instance. An outcome that counts
+against nobody ejects nobody, but makes the instance a less likely choice for a moment: an instance that fails in an
+unknown way must not attract calls by failing quickly.
 """
 
 import ssl
@@ -37,18 +37,18 @@ __all__ = ["Blame", "Failure", "Verdict", "judge"]
 
 
 class Failure(Enum):
-    """How far a failed attempt came."""
+    """How far a failed attempt got."""
 
     NOT_SENT = "not sent"
     """The instance can't have seen the request."""
     SENT = "sent"
-    """The request may have been seen, and may have had its effect."""
+    """The instance may have seen the request, and may have acted on it."""
     FINAL = "final"
-    """The caller's own doing, or nothing that another instance would answer differently."""
+    """The caller's own fault, or a failure that another instance would repeat."""
 
 
 class Blame(Enum):
-    """Whom an outcome speaks against."""
+    """Whom an outcome counts against."""
 
     INSTANCE = "the instance"
     CALLER = "the caller"
@@ -59,7 +59,7 @@ class Verdict(NamedTuple):
     """What an outcome means."""
 
     failure: Failure | None
-    """None: it is no failure."""
+    """None: the attempt succeeded."""
     blame: Blame
 
 
@@ -70,9 +70,9 @@ _BROKEN = (httpx.ReadTimeout, httpx.WriteTimeout, httpx.NetworkError, httpx.Remo
 def judge(
     outcome: httpx.Response | Exception, *, tls: bool = False, failures: Container[int] = range(500, 600)
 ) -> Verdict:
-    """What the outcome of one attempt means, by the table above; but for time-outs, where it takes the worst case.
+    """What the outcome of one attempt means, according to the table above. For timeouts it assumes the worst case.
 
-    ``tls``: the instance says of itself that it speaks TLS. ``failures``: the statuses that are.
+    ``tls``: the instance is registered as serving TLS. ``failures``: the statuses that count as failures.
     """
     if isinstance(outcome, httpx.Response):
         return Verdict(Failure.SENT, Blame.INSTANCE) if outcome.status_code in failures else _SUCCESS

@@ -1,4 +1,4 @@
-"""What an operator may turn: frozen values, each with its default."""
+"""What an operator may tune: frozen values, each with its default."""
 
 from dataclasses import dataclass
 from ssl import SSLContext
@@ -10,21 +10,21 @@ __all__ = ["ConnectionOptions", "EjectionPolicy"]
 
 @dataclass(frozen=True, slots=True)
 class ConnectionOptions:
-    """How a transport talks to instances. Raises: InvalidInputError for a number that is not above 0."""
+    """How a transport connects to instances. Raises: InvalidInputError for a number that is not above 0."""
 
     max_connections: int = 500
-    """Connections open at once, to all instances together; callers beyond that queue, in the order they came."""
+    """Maximum number of open connections, to all instances together; further callers queue in order of arrival."""
     keepalive: float = 4.0
-    """Seconds that an idle connection is kept: less than uvicorn's 5, or a request would meet one just closed."""
+    """Seconds to keep an idle connection. Below uvicorn's 5, so that no request meets a connection just closed."""
     max_header_size: int = 65_536
-    """Bytes that the head of an answer may have."""
+    """Maximum size of a response head, in bytes."""
     max_headers: int = 1_000
-    """Header lines that an answer may have."""
+    """Maximum number of header lines in a response."""
     max_response_size: int = 67_108_864
-    """Bytes that an answer which is read whole may have, packed and unpacked. Streams are not limited."""
+    """Maximum size of a response body in bytes, compressed and decompressed. Streamed responses are not limited."""
 
     ssl: SSLContext | None = None
-    """For instances that speak https (``secure=true`` in their metadata): a private CA, say; None: as httpx does it."""
+    """For instances with ``secure=true`` in their metadata, for example with a private CA; None: httpx's default."""
 
     def __post_init__(self) -> None:
         _check_above_zero(self)

@@ -1,4 +1,4 @@
-"""Who is there: what a transport needs to know of service discovery, and an answer that never changes."""
+"""What a transport needs to know about instances: the protocol, and a resolver whose answer never changes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -11,35 +11,35 @@ __all__ = ["Resolver", "StaticResolver"]
 
 @runtime_checkable
 class Resolver(Protocol):
-    """A view of the instances of services, kept in memory. Upper and lower case make no difference in a name."""
+    """Knows the instances of services, and answers from memory. Service names are case-insensitive."""
 
     def resolve(self, service: str, tag: str | None = None) -> Snapshot | None:
-        """The usable instances, never an empty tuple; None when nothing is known yet: await ``ready`` and ask again.
+        """The usable instances, never an empty tuple; None if nothing is known yet: await ``ready``, then ask again.
 
-        Memory only, never blocks. The same tuple object as long as nothing changed.
+        Reads memory only, never blocks. Returns the same tuple object as long as nothing changes.
 
         Raises: ServiceNotFoundError, NoHealthyInstanceError, RegistryUnavailableError.
         """
         ...
 
     def view(self, service: str, tag: str | None = None) -> View:
-        """How fresh the answer is and where it is from. Memory only, never blocks, raises nothing."""
+        """How fresh the answer is and where it comes from. Reads memory only, never blocks, never raises."""
         ...
 
     async def ready(self, service: str, tag: str | None = None) -> None:
-        """Returns as soon as ``resolve`` has an answer or an error to give. Cancelling it stops only the waiting.
+        """Waits until ``resolve`` can return an answer or raise an error. Cancelling it only stops the waiting.
 
-        Raises: RegistryUnavailableError, when the registry does not answer in time; InvalidInputError.
+        Raises: RegistryUnavailableError, if the registry does not answer in time; InvalidInputError.
         """
         ...
 
     async def aclose(self) -> None:
-        """Ends whatever keeps the view alive."""
+        """Closes connections and ends background tasks."""
         ...
 
 
 class StaticResolver:
-    """A fixed answer: for tests, and for platforms that resolve names themselves. Ignores case, as Consul does."""
+    """A fixed answer, for tests and for platforms that resolve names themselves. Case-insensitive, like Consul."""
 
     def __init__(self, services: Mapping[str, Sequence[Instance]]) -> None:
         self._services = {
@@ -62,7 +62,7 @@ class StaticResolver:
         return View("static", 0.0, None, len(self._services.get(service.lower(), ())), None)
 
     async def ready(self, service: str, tag: str | None = None) -> None:
-        """Returns at once: everything is known from the start."""
+        """Returns at once, because everything is known from the start."""
 
     async def aclose(self) -> None:
         """Does nothing."""

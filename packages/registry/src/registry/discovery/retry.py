@@ -65,7 +65,7 @@ class RetryBudget:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When a failed attempt is followed by another. Raises: InvalidInputError."""
+    """When a failed attempt is followed by another one. Raises: InvalidInputError."""
 
     max_retries: int = 3
     """Attempts in total, the first included."""

@@ -1,4 +1,4 @@
-"""An httpx transport that takes the URL's host for a service name: resolve, pick, send, fail over."""
+"""An httpx transport that treats the URL's host as a service name: resolve, pick, send, fail over."""
 
 import asyncio
 import math
@@ -26,16 +26,16 @@ __all__ = ["DiscoveryTransport"]
 
 
 class DiscoveryTransport(httpx.AsyncBaseTransport):
-    """Sends each request to an instance of the service that stands as its host, and to the next one if that fails.
+    """Sends each request to an instance of the service that the URL names as its host, and to another if that fails.
 
     For any httpx client: ``httpx.AsyncClient(transport=DiscoveryTransport(resolver), base_url="http://backend-api")``.
     The ``Host`` header keeps the service name. Request extensions: ``tag`` (only instances with this tag),
-    ``idempotent`` (overrides what method and headers say), ``hedge`` (send a second attempt when the first is slow).
-    Nothing is written into the request: it may be sent again.
+    ``idempotent`` (takes precedence over method and headers), ``hedge`` (send a second attempt if the first is slow).
+    The request itself is not changed, so it may be sent again.
 
-    Raises: ServiceNotFoundError, NoHealthyInstanceError, RegistryUnavailableError; InvalidInputError for a host that
-    is no service name; after the last attempt its own httpx.TransportError, with one note per attempt; what the source
-    of the request's body raises. A 5xx answer to the last attempt is returned as it is, with the notes in
+    Raises: ServiceNotFoundError, NoHealthyInstanceError, RegistryUnavailableError; InvalidInputError if the host is not
+    a valid service name; after the last attempt its httpx.TransportError, with one note per attempt; any error that
+    the source of the request's body raises. A 5xx response to the last attempt is returned, with the notes in
     ``response.extensions["attempts"]``.
     """
 
@@ -50,10 +50,10 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """``deadline``: seconds that a call may take over all attempts, until the answer's headers are there.
+        """``deadline``: time limit in seconds for all attempts of a call together, until the response headers arrive.
 
-        ``policy``: ``"p2c"``, ``"random"``, ``"round_robin"`` or a function. ``transport``: what talks to an instance,
-        in place of connections of our own, which ``connections`` is for.
+        ``policy``: ``"p2c"``, ``"random"``, ``"round_robin"`` or a function. ``connections``: options of the built-in
+        connections to instances. ``transport``: an httpx transport to use instead of those.
         """
         self._resolver = resolver
         self._retry = retry or RetryPolicy()
@@ -94,7 +94,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
                 return call.give_up()
 
     def explain(self, service: str, tag: str | None = None) -> Explanation:
-        """Why an instance of the service would be chosen or not, as this process sees it now. Memory only."""
+        """The state of each instance in this process: why it is picked or not. Reads memory only, never blocks."""
         return self._upstream(service, tag).explain()
 
     async def _next_endpoint(self, call: Call) -> Endpoint | None:

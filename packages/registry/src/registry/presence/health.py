@@ -1,4 +1,4 @@
-"""``/health``: is this instance able to work? Its own parts only, never other services, or one failure cascades."""
+"""``/health``: whether this instance works. Check its own parts only; otherwise one failure cascades."""
 
 import asyncio
 import inspect
@@ -20,13 +20,13 @@ ROOT = "registry.app"
 """The key under which a scope names the app that has the lifespan; "app" is the one mounted in it that answers."""
 
 Check = Callable[[], Awaitable[object]]
-"""An async function that returns when its component works, and raises when it does not."""
+"""An async function that returns if its component works, and raises if it does not."""
 
 
 class DegradedError(Exception):
-    """A check's way to say that its component works in part: that is told, and the instance stays in service.
+    """Raised by a check whose component partly works: ``/health`` reports it, and the instance stays in service.
 
-    The message is shown to whoever asks ``/health``.
+    Callers of ``/health`` see the message.
     """
 
 

@@ -1,4 +1,4 @@
-"""Presence: this instance is in Consul exactly as long as it can answer."""
+"""Presence: this instance is registered in Consul exactly as long as it can answer."""
 
 import asyncio
 import contextvars
@@ -35,11 +35,11 @@ LOOK = 1.0
 class Registrar:
     """Keeps one instance registered from ``start`` to ``withdraw``. Belongs to one event loop.
 
-    It registers once the advertised address answers ``/health?instance=<id>`` with 200, as passing, so that callers
-    find it at once; registers again when the agent forgot it, and anew when this host got another address; and tries
-    for ever while Consul is away. Several processes may do so for the same instance (uvicorn's workers).
+    It registers, as passing, once the advertised address answers ``/health?instance=<id>`` with 200, so that callers
+    find it at once. It registers again when the agent has lost the instance or this host's address has changed, and
+    keeps trying while Consul is away. Several processes may do so for one instance, such as uvicorn's workers.
 
-    ``about``: metadata that the settings don't say otherwise, such as ``version``. Raises: InvalidInputError.
+    ``about``: default metadata, such as ``version``; the settings take precedence. Raises: InvalidInputError.
     """
 
     def __init__(
@@ -56,52 +56,52 @@ class Registrar:
         self._entry = Entry(self._consul)
         self._probe = Probe()
         self._complaint: str | None = None
-        """What the last probe found wrong."""
+        """What was wrong at the last probe."""
         self._task: asyncio.Task[None] | None = None
         self._withdrawal: asyncio.Task[None] | None = None
         self._siblings = Siblings()
         self._settled = asyncio.Event()
         self.withdrawn = False
-        """Whether this instance was taken out of Consul, and only serves what still comes."""
+        """Whether this instance has left Consul, and only serves calls that still arrive."""
         # Held while the registration is written: a withdrawal must not be overtaken by it.
         self._writing = asyncio.Lock()
         self._backoff = Backoff(base=0.2, cap=2.0)
         self._closing = False
         self._former: set[str] = set()
-        """The ids under which it was registered at addresses that this host no longer has."""
+        """Ids under which it was registered at addresses that this host no longer has."""
         self.registration: Registration | None = None
-        """What is written to Consul; None until the own address is known."""
+        """What is written to Consul; None until this host's address is known."""
 
     @property
     def instance_id(self) -> str | None:
-        """The own id; None until the own address is known."""
+        """The id of this instance; None until this host's address is known."""
         return self.registration.id if self.registration else None
 
     @property
     def leaving(self) -> bool:
-        """Whether this process was told to stop; its siblings may serve on, and then the instance stays."""
+        """Whether this process is stopping. If sibling processes keep serving, the instance stays registered."""
         return self._withdrawal is not None
 
     def serves(self, instance_id: str) -> bool:
-        """Whether this process is that instance; not any more once that is withdrawn, or the process closes.
+        """Whether this process is that instance. False once the instance is withdrawn or the process is closing.
 
-        Only siblings ask then: one that has not heard yet that all are stopped must not register it again.
+        After that only sibling processes ask; one that is not yet stopping must not register the instance again.
         """
         return instance_id == self.instance_id and not self.withdrawn and not self._closing
 
     def start(self) -> None:
-        """Begins in the background; never blocks and never fails."""
+        """Starts in the background; never blocks and never fails."""
         self._task = asyncio.get_running_loop().create_task(
             self._run(), name=f"registrar {self._service.name}", context=contextvars.Context()
         )
 
     async def withdraw(self) -> None:
-        """Takes this instance out of Consul: no caller finds it from now on. At most 2 s, raises nothing.
+        """Removes this instance from Consul, so that callers no longer find it. Takes at most 2 s, never raises.
 
-        Unless another process serves it on: then it goes with the last one, be it this one. In maintenance, when no
-        caller finds it anyway, it stays in Consul, so that a restart does not end that; if none comes, Consul removes
-        it by its check. Once begun it is carried through: cancelling a caller only ends his waiting, and later callers
-        join in.
+        If other processes still serve the instance, the last of them removes it. An instance in maintenance, which no
+        caller finds anyway, stays in Consul, so that a restart does not end the maintenance; if no restart follows,
+        Consul removes it because of its check. Once begun, a withdrawal is completed: cancelling this method only ends
+        the waiting, and further calls wait for the same withdrawal.
         """
         if self._withdrawal is None:
             self._withdrawal = asyncio.get_running_loop().create_task(
@@ -110,17 +110,17 @@ class Registrar:
         await self._settled.wait()
 
     async def answers(self) -> bool:
-        """Whether the advertised address answers as this instance right now. At most 1 s."""
+        """Whether the advertised address answers as this instance right now. Takes at most 1 s."""
         if self.registration is None:
             return False
         self._complaint = await self._probe.complaint(self.registration, PROBE_TIMEOUT)
         return self._complaint is None
 
     async def aclose(self) -> None:
-        """Withdraws, unless another process still serves this instance, and closes the connections. At most 3 s.
+        """Withdraws, unless another process still serves this instance, and closes connections. Takes at most 3 s.
 
-        Call it when this process no longer listens. Another process: a server's other workers, or the one that was
-        here first, when ours ends because its port is taken.
+        Call it when this process no longer listens. The other process may be another worker of the server, or, if this
+        process exits because its port is taken, the one that uses the port.
         """
         self._closing = True
         try:
@@ -190,7 +190,7 @@ class Registrar:
                 await asyncio.sleep(self._backoff.delay(failures))
 
     async def _locate(self) -> Registration:
-        """What to write: what was written before, as long as this host has its address. Raises: OSError."""
+        """What to write: the same as before, as long as this host has that address. Raises: OSError."""
         known = self.registration
         if known is None or self._has_moved(known):
             self.registration = await self._describe()
@@ -241,7 +241,7 @@ class Registrar:
                 )
 
     async def _until_outdated(self, registration: Registration) -> None:
-        """Returns when the agent forgot it, or its address is gone. Raises when Consul refuses to say."""
+        """Returns when the agent has lost it, or its address is gone. Raises if Consul rejects the query."""
         forgotten = asyncio.get_running_loop().create_task(self._entry.until_forgotten(registration))
         try:
             while not forgotten.done() and not self._has_moved(registration):

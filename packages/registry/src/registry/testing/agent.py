@@ -1,4 +1,4 @@
-"""A real Consul agent for tests and demos: its own ports, its own data, nothing left behind."""
+"""A real Consul agent for tests and demos, with ports and data of its own; leaves nothing behind."""
 
 import json
 import shutil
@@ -42,13 +42,13 @@ while os.path.exists(sys.argv[1]) and time.monotonic() < deadline:
 
 
 class ConsulStartError(RuntimeError):
-    """The agent did not start; the message holds the reason or the end of its log."""
+    """The agent did not start. The message contains the reason, or the end of its log."""
 
 
 class ConsulAgent:
-    """One Consul server on loopback that leads itself; made by `running_agent`.
+    """A single Consul server on loopback, created by `running_agent`.
 
-    Every method blocks until what it promises is so. Ports stay the same when the agent starts again.
+    Every method blocks until it has done what it promises. Ports stay the same when the agent is restarted.
     """
 
     def __init__(self, binary: Path, directory: Path, http_port: int | None, *, acl: bool) -> None:
@@ -57,7 +57,7 @@ class ConsulAgent:
         self.http_port = http_port or free_port
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.token = str(uuid.uuid4()) if acl else None
-        """The bootstrap token, allowed everything; None without ACL."""
+        """The bootstrap token, which allows everything; None without ACL."""
         self._binary = binary
         self._data = directory / "data"
         self._log = directory / "consul.log"
@@ -72,18 +72,18 @@ class ConsulAgent:
         )
 
     def __repr__(self) -> str:
-        """Where it listens; never the token."""
+        """Shows the URL, never the token."""
         return f"<ConsulAgent {self.url}>"
 
     @property
     def pid(self) -> int:
-        """The process id of the running agent. Raises: RuntimeError when it is not running."""
+        """The process id of the running agent. Raises: RuntimeError, if it is not running."""
         if self._process is None:
             raise RuntimeError("the agent is not running")
         return self._process.pid
 
     def env(self) -> dict[str, str]:
-        """The variables that lead a child process to this agent."""
+        """Environment variables that make a child process use this agent."""
         token = {} if self.token is None else {"CONSUL_HTTP_TOKEN": self.token}
         return {"CONSUL_HTTP_ADDR": f"127.0.0.1:{self.http_port}", **token}
 
@@ -92,7 +92,7 @@ class ConsulAgent:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
 
     def start(self) -> None:
-        """Start the agent and return when it leads and knows itself; no-op while it runs.
+        """Start the agent, and return once it has a leader and accepts registrations; no-op if it is running.
 
         Raises: ConsulStartError.
         """
@@ -108,30 +108,30 @@ class ConsulAgent:
         self._wait_until_leading(self._process)
 
     def stop(self) -> None:
-        """Stop the agent in good order, data kept; no-op when it is not running."""
+        """Stop the agent cleanly, and keep its data; no-op if it is not running."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill the agent as a crash would, data kept; no-op when it is not running."""
+        """Kill the agent, as a crash would, and keep its data; no-op if it is not running."""
         self._end(signal.SIGKILL)
 
     def restart(self, *, keep_data: bool) -> None:
-        """Stop and start the agent, on the same ports; without its data it has forgotten everything."""
+        """Stop and start the agent, on the same ports. ``keep_data=False``: it has lost all registrations."""
         self.stop()
         if not keep_data:
             shutil.rmtree(self._data)
         self.start()
 
     def pause(self) -> None:
-        """Freeze the agent: connections are accepted by the system, answers never come. `resume` ends it."""
+        """Freeze the agent until `resume`: the system accepts connections, but no answers come."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused agent go on where it stood."""
+        """Let a paused agent continue."""
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End the agent for good and remove its data."""
+        """Stop the agent permanently, and remove its data."""
         self.kill()
         assert self._guard.stdin is not None
         self._guard.stdin.close()
@@ -215,11 +215,11 @@ class ConsulAgent:
 def running_agent(
     *, http_port: int | None = None, acl: bool = False, binary: Path | None = None
 ) -> Iterator[ConsulAgent]:
-    """A Consul agent that leads, with its UI, on loopback only; gone with its data when the context ends.
+    """Runs a Consul agent with its UI, on loopback only; stops it and removes its data when the context ends.
 
-    It is gone too when this process is interrupted, terminated or killed. `http_port` None takes a free port;
-    `acl` denies by default and puts a bootstrap token on the agent; `binary` None asks `find_consul`.
-    Blocks for about two seconds, and for minutes the first time on a machine where Consul must be built.
+    It also ends when this process is interrupted, terminated or killed. ``http_port=None``: a free port;
+    ``acl=True``: denies by default, and sets a bootstrap token; ``binary=None``: uses `find_consul`.
+    Blocks for about two seconds; the first time on a machine, for minutes if Consul has to be obtained.
 
     Raises: ConsulNotFoundError, ConsulStartError.
     """

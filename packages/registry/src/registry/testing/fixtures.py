@@ -1,4 +1,4 @@
-"""Pytest fixtures with a real Consul agent behind them: `pytest_plugins = ["registry.testing.fixtures"]`."""
+"""Pytest fixtures that run a real Consul agent: `pytest_plugins = ["registry.testing.fixtures"]`."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -31,21 +31,21 @@ class Instances(Protocol):
 
 @pytest.fixture(scope="session")
 def consul_binary(request: pytest.FixtureRequest) -> Path:
-    """The Consul binary that agents run; when it must be built, progress shows despite capture."""
+    """The Consul binary that the agents run. If it has to be obtained first, progress is shown despite capture."""
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         return find_consul()
 
 
 @pytest.fixture(scope="session")
 def consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
-    """One agent shared by all tests of the session: use names of your own, leave it running."""
+    """One agent shared by all tests of the session: use unique service names, and leave it running."""
     with running_agent(binary=consul_binary) as agent:
         yield agent
 
 
 @pytest.fixture
 def private_consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
-    """An agent of this test alone, to kill, pause and restart."""
+    """An agent for this test only, which it may kill, pause and restart."""
     with running_agent(binary=consul_binary) as agent:
         yield agent
 

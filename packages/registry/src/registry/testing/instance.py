@@ -1,4 +1,4 @@
-"""One instance of `registry.testing.instances`: its process, what it is told to do, and its entry in Consul."""
+"""One instance of `registry.testing.instances`: its process, its behaviour, and its entry in Consul."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from registry.testing.stats import Stats, read_journals
 __all__ = ["Mode", "RunningInstance"]
 
 Mode = Literal["ok", "error", "hang", "cut", "half"]
-"""``hang``: never answers. ``cut``: closes the connection once it has read the request. ``half``: breaks off within
-the answer's body. ``error``: answers with ``status``."""
+"""``hang``: never answers. ``cut``: reads the request, then closes the connection. ``half``: closes it in the middle of
+the response body. ``error``: answers with ``status``."""
 
 _APP = Path(__file__).with_name("instance_app.py")
 _START_SECONDS = 30.0
@@ -36,18 +36,18 @@ _ANSWER_SECONDS = 5.0
 
 
 class RunningInstance:
-    """One process on 127.0.0.1; made by `registry.testing.instances`. Every method blocks until it is so."""
+    """One process on 127.0.0.1, created by `registry.testing.instances`. Methods block until they are done."""
 
     def __init__(self, instance: Instance, consul: ConsulAgent | None, registers: bool, env: Mapping[str, str]) -> None:
         self.instance = instance
-        """As discovery sees it; the id is ``"{service}-127.0.0.1-{port}"``."""
+        """The instance for discovery; its id is ``"{service}-127.0.0.1-{port}"``."""
         self.url = f"http://{instance.netloc}"
         self._consul = consul
         self._registers = registers
         self._env = {**os.environ, **env}
         self._directory = Path(tempfile.mkdtemp(prefix="instance-"))
         self.journal = self._directory / "journal"
-        """What it has received, a line for each request; read by `registry.testing.stats`."""
+        """A file with a line for each request that it has received; read by `registry.testing.stats`."""
         self.journal.touch()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -89,7 +89,7 @@ class RunningInstance:
             self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        """Return when the process answers. Raises: RuntimeError, with the end of its log."""
+        """Wait until the process answers. Raises: RuntimeError, with the end of its log."""
         if self._line(_START_SECONDS) != b"ready\n":
             log = (self._directory / "log").read_text(errors="replace")
             raise RuntimeError(f"{self.instance.id} did not start:\n{log[-2000:]}")
@@ -104,10 +104,10 @@ class RunningInstance:
         retry_after: int | None = None,
         healthy: bool = True,
     ) -> None:
-        """Behave so from now on; without arguments: well.
+        """Sets the behaviour from now on; without arguments: answer normally.
 
-        ``rate``: the share of requests that ``mode`` is done to. ``delay``: seconds before every answer. ``healthy``:
-        whether ``/health`` says 200 or 503; nothing else touches it. Raises: RuntimeError, when it is not running.
+        ``rate``: the share of requests to which ``mode`` applies. ``delay``: seconds before every answer. ``healthy``:
+        whether ``/health`` answers 200 or 503; nothing else affects it. Raises: RuntimeError, if it is not running.
         """
         behaviour = {"mode": mode, "rate": rate, "status": status, "delay": delay} | {
             "retry_after": retry_after,
@@ -121,11 +121,11 @@ class RunningInstance:
             raise RuntimeError(f"{self.instance.id} does not obey: is it paused?")
 
     def stats(self) -> Stats:
-        """What it has received since it was made, over all restarts; also when it is dead."""
+        """What it has received since it was created, across restarts; also works when it is dead."""
         return read_journals([self.journal])
 
     def register(self, *, check_interval: float | None = 10.0) -> None:
-        """Write the instance into Consul, as passing. ``check_interval`` None: without a check, so for ever."""
+        """Register the instance in Consul, as passing. ``check_interval=None``: without a check, so it stays so."""
         instance, registration = self.instance, {}
         if check_interval is not None:
             registration["Check"] = {
@@ -146,33 +146,33 @@ class RunningInstance:
         )
 
     def deregister(self) -> None:
-        """Take the instance out of Consul; no-op when it is not there."""
+        """Remove the instance from Consul; no-op if it is not registered."""
         self._put(f"/v1/agent/service/deregister/{self.instance.id}", None)
 
     def kill(self) -> None:
-        """End the process as a crash would; what Consul knows stays. No-op when it is not running."""
+        """Kill the process, as a crash would; its entry in Consul stays. No-op if it is not running."""
         self._end(signal.SIGKILL)
 
     def terminate(self, *, wait: bool = True) -> None:
-        """Send SIGTERM and return when the process has ended; at once if not ``wait`` (then `wait` later)."""
+        """Send SIGTERM, and wait until the process has ended; ``wait=False`` returns at once: call `wait` later."""
         self._running.send_signal(signal.SIGTERM)
         if wait:
             self.wait()
 
     def wait(self) -> None:
-        """Return when the process has ended by itself, such as after `terminate`."""
+        """Wait until the process has ended by itself, for example after `terminate`."""
         self._end(None)
 
     def pause(self) -> None:
-        """Freeze the process: connections are accepted by the system, answers never come. `resume` ends it."""
+        """Freeze the process until `resume`: the system accepts connections, but no answers come."""
         self._running.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused process go on where it stood."""
+        """Let a paused process continue."""
         self._running.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End it for good, in Consul too."""
+        """End it permanently, and remove it from Consul."""
         self.kill()
         if self._consul is not None:
             with suppress(httpx.HTTPError):  # Consul may be what the test has broken

@@ -18,28 +18,28 @@ __all__ = ["Mode", "Options", "RunningInstance", "Stats", "received", "running_i
 
 
 class Options(TypedDict, total=False):
-    """What can be said of the instances."""
+    """Options of the instances."""
 
     consul: ConsulAgent | None
-    """Registered there as passing, and deregistered at the end."""
+    """The agent with which they are registered, as passing, until the end."""
     registers_itself: bool
-    """With `registry.fastapi`, in place of the test: takes a second more to start, and drains on SIGTERM."""
+    """Whether they register themselves, with `registry.fastapi`: start takes a second more; SIGTERM drains."""
     check_interval: float | None
-    """Seconds between Consul's checks, 10 unless given; None: never checked, so passing for ever."""
+    """Seconds between Consul's checks, 10 by default; None: no checks, so they stay passing."""
     drain_seconds: float
-    """How long one that registers itself drains, 0.5 unless given."""
+    """Drain time in seconds of instances that register themselves, 0.5 by default."""
     tags: Sequence[str]
     meta: Mapping[str, str]
     weight: int
     running: bool
-    """False: neither started nor registered, for a test to `start` (and `register`) it when it likes."""
+    """False: neither started nor registered; the test calls `start` (and `register`) itself."""
 
 
 @contextmanager
 def running_instances(service: str, count: int = 1, **options: Unpack[Options]) -> Iterator[list[RunningInstance]]:
-    """``count`` instances that answer, started side by side in about half a second; gone when the context ends.
+    """Starts ``count`` instances concurrently, in about half a second; ends them when the context ends.
 
-    They die with this process. Raises: RuntimeError, with the end of its log, when one does not start.
+    They also end with this process. Raises: RuntimeError, with the end of the log, if one does not start.
     """
     consul, registers_itself = options.get("consul"), options.get("registers_itself", False)
     if registers_itself and consul is None:
@@ -74,11 +74,11 @@ def running_instances(service: str, count: int = 1, **options: Unpack[Options]) 
 
 @contextmanager
 def running_instance(service: str, **options: Unpack[Options]) -> Iterator[RunningInstance]:
-    """One of `running_instances`."""
+    """Like `running_instances`, with one instance."""
     with running_instances(service, **options) as (instance,):
         yield instance
 
 
 def received(instances: Iterable[RunningInstance]) -> Stats:
-    """What these instances have received together."""
+    """What these instances have received, added up."""
     return read_journals(instance.journal for instance in instances)

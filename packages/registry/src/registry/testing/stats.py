@@ -1,4 +1,4 @@
-"""What instances of `registry.testing.instances` have received, read from the journals that they write."""
+"""What the instances of `registry.testing.instances` have received, read from the journals that they write."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,21 +10,21 @@ __all__ = ["Stats", "read_journals"]
 
 @dataclass(frozen=True)
 class Stats:
-    """What instances have received, counted by themselves; ``/health`` is not counted."""
+    """What instances have received, as counted by themselves, without requests for ``/health``."""
 
     requests: int
     methods: Mapping[str, int]
     """Method → requests."""
     modes: Mapping[str, int]
-    """What was done with a request (see Mode) → requests."""
+    """How a request was handled (see Mode) → requests."""
     ids: Mapping[str, int]
-    """``Idempotency-Key`` or ``X-Request-Id`` → requests that carried it."""
+    """``Idempotency-Key`` or ``X-Request-Id`` → requests with it."""
     bodies: int
-    """Requests whose body arrived whole and was not empty."""
+    """Requests with a body that arrived completely and was not empty."""
 
     @property
     def duplicated(self) -> dict[str, int]:
-        """The ids that came more than once."""
+        """The ids that were received more than once."""
         return {id_: times for id_, times in self.ids.items() if times > 1}
 
 
