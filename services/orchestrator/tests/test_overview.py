@@ -16,7 +16,7 @@ from registry import ConsulSettings, ServiceDiscoveryClient, ServiceRegistry
 from registry.testing.fixtures import ConsulAgent
 
 Start: TypeAlias = Callable[[ConsulAgent], Awaitable[httpx.AsyncClient]]
-HEALTHY = {"status": "healthy", "components": {}}
+HEALTHY = {"status": "healthy"}
 SICK = {"status": "unhealthy", "components": {"database": {"status": "unhealthy", "error": "OperationalError"}}}
 
 
