@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI, HTTPException
 
 Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
-CARD = {"title": "Consul", "text": "finds services", "tags": ["known"]}
+CARD = {"title": "Consul", "content": "finds services", "tags": ["known"]}
 SUGGESTIONS: list[dict[str, Any]] = [
     {"kind": "tag", "value": "known", "score": 3, "card_id": None},
     {"kind": "tag", "value": "discovery", "score": 2, "card_id": None},
@@ -43,7 +43,7 @@ async def test_suggestions_come_from_research_api(replica: Replica) -> None:
     assert answer.headers["Location"] == f"/api/cards/{answer.json()['id']}"
     assert answer.json()["enriched"] is True
     assert answer.json()["suggestions"] == SUGGESTIONS[1:]
-    assert research.asked == [{"text": "Consul\nfinds services", "limit": 5}]
+    assert research.asked == [{"content": "Consul\nfinds services", "limit": 5}]
 
 
 async def test_an_incomplete_enrichment_is_called_so(replica: Replica) -> None:
@@ -186,7 +186,7 @@ async def test_changes_that_cross_lose_no_field(replica: Replica) -> None:
     for number in range(20):
         await asyncio.gather(
             one.patch(f"/api/cards/{card['id']}", json={"title": f"title{number}"}),
-            two.patch(f"/api/cards/{card['id']}", json={"text": f"text{number}"}),
+            two.patch(f"/api/cards/{card['id']}", json={"content": f"text{number}"}),
         )
         for q in (f"title{number}", f"text{number}"):
             assert (await one.get("/api/cards", params={"q": q})).json()["total"] == 1

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Awaitable, Callable
 
+from pydantic_core import to_json
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -42,16 +43,17 @@ class KeyReusedError(Exception):
 
 
 def _fingerprint(draft: CardDraft) -> str:
-    return hashlib.sha256(draft.model_dump_json().encode()).hexdigest()
+    # With the field names of the first release: a key that an instance of it took is known to this one.
+    return hashlib.sha256(to_json({"title": draft.title, "text": draft.content, "tags": draft.tags})).hexdigest()
 
 
-def _search_text(title: str, text: str, tags: list[str]) -> str:
-    return "\n".join([title, text, *tags]).casefold()
+def _search_text(title: str, content: str, tags: list[str]) -> str:
+    return "\n".join([title, content, *tags]).casefold()
 
 
 def _assign(card: Card, draft: CardDraft) -> None:
-    card.title, card.text, card.tags = draft.title, draft.text, draft.tags
-    card.search_text = _search_text(draft.title, draft.text, draft.tags)
+    card.title, card.content, card.tags = draft.title, draft.content, draft.tags
+    card.search_text = _search_text(draft.title, draft.content, draft.tags)
 
 
 def _news(enrichment: Enrichment, draft: CardDraft) -> list[Suggestion]:
@@ -76,7 +78,7 @@ class Cards:
         """
         if key is not None and (before := await self._published(key, draft)):
             return before, True
-        enrichment = await enrich(f"{draft.title}\n{draft.text}")
+        enrichment = await enrich(f"{draft.title}\n{draft.content}")
         async with self._database.writing() as session:
             now = utc_now()
             card = Card(created_at=now, updated_at=now)
@@ -138,7 +140,7 @@ class Cards:
             ):
                 raise CardNotFoundError(card_id)
             card = await session.get_one(Card, card_id)
-            before = CardDraft.model_construct(title=card.title, text=card.text, tags=card.tags)
+            before = CardDraft.model_construct(title=card.title, content=card.content, tags=card.tags)
             whole = isinstance(change, CardDraft)
             _assign(card, before.model_copy(update=change.model_dump(exclude_unset=not whole)))
             await session.commit()
@@ -152,14 +154,14 @@ class Cards:
             await session.commit()
 
     async def search(self, q: str, limit: int, offset: int) -> CardPage:
-        """Cards that contain ``q`` in title, text or a tag, ignoring case; newest first. Wildcards are plain text.
+        """Cards that contain ``q`` in title, content or a tag, ignoring case; newest first. Wildcards are plain text.
 
-        Without their full texts, and so many that the page stays under 256 kB: it may be shorter than ``limit``.
+        Without their full contents, and so many that the page stays under 256 kB: it may be shorter than ``limit``.
         """
         matches = [Card.search_text.contains(q.casefold(), autoescape=True)] if q else []
         # Cut in the database: a hundred long cards need not come here to be shortened.
-        excerpt = func.substr(Card.text, 1, EXCERPT_LENGTH).label("text")
-        complete = (func.length(Card.text) <= EXCERPT_LENGTH).label("complete")
+        excerpt = func.substr(Card.content, 1, EXCERPT_LENGTH).label("content")
+        complete = (func.length(Card.content) <= EXCERPT_LENGTH).label("complete")
         columns = Card.id, Card.title, excerpt, complete, Card.tags, Card.created_at, Card.updated_at
         page = select(*columns).where(*matches).order_by(Card.id.desc()).limit(limit).offset(offset)
         async with self._database.session() as session:

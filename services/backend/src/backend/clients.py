@@ -39,7 +39,7 @@ class ResearchClient:
                 answer = await self._client.post(
                     "research-api",
                     "/api/enrich",
-                    json={"text": text, "limit": limit},
+                    json={"content": text, "limit": limit},
                     # It only reads, so it may be asked again; half the time leaves room for a second instance.
                     idempotent=True,
                     timeout=self._timeout / 2,

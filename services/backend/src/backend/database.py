@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
-from sqlalchemy import URL, func, make_url, select, text
+from sqlalchemy import URL, exists, func, make_url, select, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -163,7 +163,7 @@ class Database:
             await self._read_tables()
 
     async def _read_tables(self) -> None:
-        tables = (select(column).limit(1).scalar_subquery() for column in (Card.id, Publication.key))
+        tables = (exists(select(table)) for table in (Card, Publication))  # names every column, and fetches none
         async with self._in_time(), self._own.connect() as connection:
             await connection.execute(select(*tables))
 

@@ -26,10 +26,10 @@ class Card(Base):
 
     id: Mapped[int] = mapped_column(_BigId, primary_key=True)
     title: Mapped[str] = mapped_column(Text)
-    text: Mapped[str] = mapped_column(Text)
+    content: Mapped[str] = mapped_column(Text)
     tags: Mapped[list[str]] = mapped_column(JSON)
     search_text: Mapped[str] = mapped_column(Text)
-    """Title, text and tags, case-folded: LIKE ignores case in SQLite for ASCII only, and in Postgres never."""
+    """Title, content and tags, case-folded: LIKE ignores case in SQLite for ASCII only, and in Postgres never."""
     created_at: Mapped[datetime] = mapped_column(DateTime, default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(DateTime, default=utc_now, onupdate=utc_now)
 

@@ -94,7 +94,7 @@ async def search_cards(
     q: Annotated[
         SearchText,
         Query(
-            description="Text to find in title, text or a tag, ignoring case; empty: every card.",
+            description="Text to find in title, content or a tag, ignoring case; empty: every card.",
             examples=["consul"],
         ),
     ] = "",

@@ -1,7 +1,9 @@
 """The services that research-api calls, by name."""
 
+from typing import Annotated
+
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from registry import RegistryError, ServiceDiscoveryClient
 
@@ -17,7 +19,7 @@ class Card(BaseModel):
 
     id: int
     title: str
-    text: str
+    content: Annotated[str, Field(validation_alias=AliasChoices("content", "text"))]  # text: of the release before
     tags: list[str]
 
 

@@ -41,8 +41,8 @@ async def enrich(
             _log.warning("search failed", extra={"word": word, "error": repr(error)})
             return None
 
-    found = await asyncio.gather(*map(search, keywords(wanted.text, _SEARCHES)))
+    found = await asyncio.gather(*map(search, keywords(wanted.content, _SEARCHES)))
     cards = [card for cards in found if cards is not None for card in cards]
     # In a thread: fifty long cards are megabytes of words, and other requests must not wait for them.
-    suggestions = await asyncio.to_thread(suggest, wanted.text, cards, wanted.limit)
+    suggestions = await asyncio.to_thread(suggest, wanted.content, cards, wanted.limit)
     return Enrichment(suggestions=suggestions, complete=None not in found)
