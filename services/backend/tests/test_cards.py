@@ -78,7 +78,8 @@ async def test_an_unknown_card_is_404(backend: httpx.AsyncClient, method: str) -
     body = None if method in {"GET", "DELETE"} else {"title": "t", "content": "t"}
     answer = await backend.request(method, "/api/cards/7", json=body)
     assert answer.status_code == 404
-    assert answer.json() == {"detail": "Card 7 does not exist"}
+    assert answer.json() == {"title": "Not Found", "status": 404, "detail": "Card 7 does not exist"}
+    assert answer.headers["Content-Type"] == "application/problem+json"
     assert await titles(backend) == []
 
 
@@ -167,7 +168,8 @@ async def test_refused_input_is_422_and_names_the_field(
     """A refusal says where and why in a short answer, and stores nothing."""
     answer = await backend.post("/api/publish", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
-    assert [problem["loc"] for problem in answer.json()["detail"]] == [location]
+    assert [problem["loc"] for problem in answer.json()["errors"]] == [location]
+    assert answer.headers["Content-Type"] == "application/problem+json"
     assert len(answer.content) < 500
     assert await titles(backend) == []
 

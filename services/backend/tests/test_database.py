@@ -106,7 +106,8 @@ async def test_a_locked_database_is_503_and_recovers(replica: Replica, database_
     blocker.execute("BEGIN EXCLUSIVE")
     answer = await backend.post("/api/publish", json={"title": "t", "content": "t"})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-    assert answer.json() == {"detail": "The database can't be reached: try again in a moment"}
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.json()["detail"] == "The database can't be reached: try again in a moment"
     assert (await backend.get("/api/cards")).json()["total"] == 0
     blocker.close()
     assert (await backend.post("/api/publish", json={"title": "t", "content": "t"})).status_code == 201

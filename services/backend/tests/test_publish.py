@@ -105,7 +105,7 @@ async def test_the_same_key_for_another_body_is_refused(backend: httpx.AsyncClie
     await backend.post("/api/publish", json=CARD, headers=headers)
     answer = await backend.post("/api/publish", json=CARD | {"title": "Other"}, headers=headers)
     assert answer.status_code == 422
-    [problem] = answer.json()["detail"]
+    [problem] = answer.json()["errors"]
     assert problem["loc"] == ["header", "idempotency-key"]
     assert "'key' was used before with a different body" in problem["msg"]
     assert await card_count(backend) == 1

@@ -12,6 +12,7 @@ import registry
 from orchestrator.main import create_app
 from orchestrator.settings import Settings
 from registry import Instance, ServiceDiscoveryClient, Snapshot, StaticResolver
+from registry.fastapi import discovery_client
 
 Start: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
 UPSTREAMS = {
@@ -32,11 +33,12 @@ async def start() -> AsyncIterator[Start]:
             upstream: Callable[[httpx.Request], Any], resolver: registry.Resolver | None = None
         ) -> httpx.AsyncClient:
             app = create_app(Settings())
-            app.state.discovery_client = await stack.enter_async_context(
+            discovery = await stack.enter_async_context(
                 ServiceDiscoveryClient(
                     resolver or StaticResolver(UPSTREAMS), retry_delay=0.0, transport=httpx.MockTransport(upstream)
                 )
             )
+            app.dependency_overrides[discovery_client] = lambda: discovery
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front")
             return await stack.enter_async_context(client)
 
@@ -225,6 +227,7 @@ async def test_what_fails_behind_the_front_door_is_told_in_words(
     assert answer.status_code == status
     assert answer.json()["service"] == service
     assert answer.json()["detail"].startswith(service)
+    assert answer.headers["Content-Type"] == "application/problem+json"
     assert words in answer.json()["detail"]
     assert ("Retry-After" in answer.headers) == (status == 503)
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from registry import Instance, ServiceDiscoveryClient, StaticResolver
+from registry.fastapi import discovery_client
 from research.main import create_app
 from research.settings import Settings
 
@@ -51,9 +52,10 @@ async def start() -> AsyncIterator[Start]:
             app = create_app(Settings(**overrides))
             resolver = StaticResolver({"backend-api": [BACKEND]} if backend else {})
             upstream = httpx.ASGITransport(backend) if backend else None
-            app.state.discovery_client = await stack.enter_async_context(
+            discovery = await stack.enter_async_context(
                 ServiceDiscoveryClient(resolver, retry_delay=0.0, transport=upstream)
             )
+            app.dependency_overrides[discovery_client] = lambda: discovery
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://research")
             return await stack.enter_async_context(client)
 
@@ -161,7 +163,8 @@ async def test_refused_input_is_422_and_names_the_field(start: Start, body: byte
     research = await start()
     answer = await research.post("/api/enrich", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
-    assert [problem["loc"] for problem in answer.json()["detail"]] == [location]
+    assert [problem["loc"] for problem in answer.json()["errors"]] == [location]
+    assert answer.headers["Content-Type"] == "application/problem+json"
     assert len(answer.content) < 300
 
 

@@ -15,9 +15,9 @@ from backend.schemas import (
     EXCERPT_LENGTH,
     CardDraft,
     CardExcerpt,
-    CardPage,
     CardPatch,
     CardView,
+    Page,
     PublishedCard,
     Suggestion,
 )
@@ -153,7 +153,7 @@ class Cards:
                 raise CardNotFoundError(card_id)
             await session.commit()
 
-    async def search(self, q: str, limit: int, offset: int) -> CardPage:
+    async def search(self, q: str, limit: int, offset: int) -> Page[CardExcerpt]:
         """Cards that contain ``q`` in title, content or a tag, ignoring case; newest first. Wildcards are plain text.
 
         Without their full contents, and so many that the page stays under 256 kB: it may be shorter than ``limit``.
@@ -170,7 +170,7 @@ class Cards:
             total = offset + len(cards)
             if len(cards) == limit or (offset and not cards):
                 total = await session.scalar(select(func.count()).select_from(Card).where(*matches)) or 0
-        return CardPage(items=_first(cards, _PAGE_BYTES), total=total, limit=limit, offset=offset)
+        return Page(items=_first(cards, _PAGE_BYTES), total=total, limit=limit, offset=offset)
 
 
 def _first(cards: list[CardExcerpt], limit: int) -> list[CardExcerpt]:

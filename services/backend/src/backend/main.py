@@ -6,7 +6,7 @@ from backend import clients, routes
 from backend.database import Database
 from backend.errors import add_error_handlers
 from backend.settings import Settings
-from registry.fastapi import RegistryMiddleware, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -20,6 +20,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.database = database
     app.add_middleware(RegistryMiddleware)
+    add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router(database=database.ping))
     app.include_router(routes.router)

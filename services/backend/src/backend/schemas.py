@@ -5,7 +5,7 @@ is taken and shown under both for one release, because during a roll callers and
 """
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, computed_field
 
@@ -97,13 +97,16 @@ class CardExcerpt(CardView):
     complete: bool = Field(description="False: the content goes on; read the card by its id.", examples=[True])
 
 
-class CardPage(BaseModel):
-    """One page of cards, newest first."""
+Item = TypeVar("Item")
 
-    items: list[CardExcerpt] = Field(
+
+class Page(BaseModel, Generic[Item]):
+    """One page of a list."""
+
+    items: list[Item] = Field(
         description="At most `limit`, and as many as go into 256 kB: the next page begins at `offset` + their number."
     )
-    total: int = Field(description="Cards that match, on all pages.", examples=[1])
+    total: int = Field(description="Items that match, on all pages.", examples=[1])
     limit: int = Field(examples=[20])
     offset: int = Field(examples=[0])
 
@@ -125,9 +128,3 @@ class PublishedCard(CardView):
         description="False: research-api gave no complete answer in time, so there may be more suggestions.",
         examples=[True],
     )
-
-
-class Problem(BaseModel):
-    """What went wrong, in a sentence."""
-
-    detail: str = Field(examples=["Card 7 does not exist"])

@@ -117,10 +117,3 @@ class HealthReport(BaseModel):
     status: Status
     words: str = Field(examples=["Everything works"])
     services: list[UpstreamHealth]
-
-
-class Problem(BaseModel):
-    """What went wrong, in a sentence, and in which service."""
-
-    detail: str = Field(examples=["backend-api has no healthy instance: try again in a moment"])
-    service: str | None = Field(default=None, examples=["backend-api"])

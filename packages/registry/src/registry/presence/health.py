@@ -35,10 +35,10 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
     that raises DegradedError is told as ``degraded``, with 200.
 
     The body is the same: ``{"status": "healthy", "components": {"database": {"status": "healthy"}}}``; with no checks
-    ``{"status": "healthy"}``. Checks run side by side. Asked for ``?instance=<id>`` of another instance, or of its own once that was withdrawn, it answers 404, so
-    that nobody keeps a ghost registered. Consul reads the status code only. An instance that was told to stop answers
-    503, ``{"status": "leaving"}``, while it serves on, so that a load balancer with checks of its own
-    takes it out meanwhile.
+    ``{"status": "healthy"}``. Checks run side by side. Asked for ``?instance=<id>`` of another instance, or of its own
+    once that was withdrawn, it answers 404, so that nobody keeps a ghost registered. Consul reads the status code only.
+    An instance that was told to stop answers 503, ``{"status": "leaving"}``, while it serves on, so that a load
+    balancer with checks of its own takes it out meanwhile.
 
     Raises: TypeError, when a check is not an async function.
     """
