@@ -153,6 +153,19 @@ async def test_both_releases_write_side_by_side(url: str, before: AsyncEngine) -
     await database.aclose()
 
 
+async def test_a_key_of_the_release_before_counts_from_when_it_is_met(url: str, before: AsyncEngine) -> None:
+    """Nobody knows its age, so it is kept for a whole time more, and then it goes."""
+    database = Database(url)
+    await database.prepare()
+    kept: list[int] = []
+    for age in (3600, 3600, -1):
+        await Cards(database).forget_keys(age)
+        async with before.connect() as connection:
+            kept.append(len((await connection.execute(text("SELECT key FROM publications"))).all()))
+    assert kept == [1, 1, 0]
+    await database.aclose()
+
+
 async def test_the_release_before_works_on_while_the_tables_change(url: str, before: AsyncEngine) -> None:
     """An instance that reads, publishes and changes cards all through an upgrade meets no error and loses nothing."""
     upgrade = asyncio.create_task(start_three(url))

@@ -3,9 +3,10 @@
 import hashlib
 import itertools
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
 
 from pydantic_core import to_json
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import ColumnElement, Delete, Update, delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from backend.clients import Enrichment
@@ -23,6 +24,7 @@ from backend.schemas import (
 )
 
 _PAGE_BYTES = 2**18
+_BATCH = 500
 
 
 class CardNotFoundError(Exception):
@@ -49,6 +51,10 @@ def _fingerprint(draft: CardDraft) -> str:
 
 def _search_text(title: str, content: str, tags: list[str]) -> str:
     return "\n".join([title, content, *tags]).casefold()
+
+
+def _seconds_ago(seconds: float) -> datetime:
+    return utc_now() - timedelta(seconds=seconds)
 
 
 def _assign(card: Card, draft: CardDraft) -> None:
@@ -102,6 +108,25 @@ class Cards:
                     raise
                 return before, True
         return published, False
+
+    async def forget_keys(self, age: float) -> None:
+        """Forget the keys that are older than ``age`` seconds, and what was answered to them; the cards stay.
+
+        A key without a time, stored by the release before, is as old as the first time that this meets it.
+        """
+        undated, expired = Publication.published_at.is_(None), Publication.published_at < _seconds_ago(age)
+        await self._in_batches(update(Publication).values(published_at=utc_now()), undated)
+        await self._in_batches(delete(Publication), expired)
+
+    async def _in_batches(self, change: Update | Delete, those: ColumnElement[bool]) -> None:
+        # Little by little: no request waits for long, and no statement takes longer than it may.
+        some = change.where(Publication.key.in_(select(Publication.key).where(those).limit(_BATCH)))
+        while True:
+            async with self._database.writing() as session:
+                changed = (await session.scalars(some.returning(Publication.key))).all()
+                await session.commit()
+            if len(changed) < _BATCH:
+                return
 
     async def _published(self, key: str, draft: CardDraft) -> PublishedCard | None:
         async with self._database.session() as session:

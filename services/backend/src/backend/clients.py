@@ -1,4 +1,8 @@
-"""The services that backend-api calls, by name."""
+"""The services that backend-api calls, by name.
+
+research-api calls back: publishing waits for its suggestions, and it searches the cards here for them. The circle has
+one turn, since a search calls nobody, and a bound: three attempts of five searches, in ``enrich_timeout`` together.
+"""
 
 import asyncio
 

@@ -5,6 +5,7 @@ from fastapi import FastAPI
 from backend import clients, routes
 from backend.database import Database
 from backend.errors import add_error_handlers
+from backend.lifespan import keep
 from backend.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 
@@ -15,7 +16,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB
-        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=database.lifespan),
+        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=keep(database, settings.key_age)),
     )
     app.state.settings = settings
     app.state.database = database
