@@ -1,7 +1,6 @@
 """The tables, brought up to this release from whatever is there; ``versions/`` holds each step, and says why."""
 
 import logging
-from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
@@ -52,7 +51,7 @@ async def _in_postgres(engine: AsyncEngine) -> None:
 
 def _upgrade(connection: Connection) -> None:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent))
+    config.set_main_option("script_location", "backend:migrations")
     config.attributes["connection"] = connection
     in_transaction = connection.in_transaction()
     if not inspect(connection).has_table("cards"):
