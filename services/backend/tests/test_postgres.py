@@ -4,10 +4,12 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, Connection, func, select, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from backend.cards import Cards
 from backend.database import CONNECTIONS, Database, DatabaseUnavailableError
+from backend.migrations import LOCK, _upgrade
 from backend.schemas import CardDraft
 from tests.postgres import PASSWORD, run_sql, running_postgres
 
@@ -94,3 +96,33 @@ async def test_health_meets_broken_connections_first(postgres: int) -> None:
     await database.ping()
     await asyncio.gather(*(Cards(database).search("", 1, 0) for _ in range(CONNECTIONS)))
     await database.aclose()
+
+
+async def test_a_start_waits_for_whoever_upgrades(postgres: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it takes, and leaves no lock behind; a replica that hangs meanwhile would lose its own."""
+    patience: list[object] = []
+
+    def upgrade(connection: Connection) -> None:
+        patience.append(connection.scalar(text("SHOW idle_session_timeout")))
+        connection.commit()
+        _upgrade(connection)
+
+    monkeypatch.setattr("backend.migrations._upgrade", upgrade)
+    await run_sql(postgres, "postgres", "CREATE DATABASE busy")
+    engine = create_async_engine(URL.create("postgresql+asyncpg", "registry", PASSWORD, "127.0.0.1", postgres, "busy"))
+    url = f"postgresql://registry@127.0.0.1:{postgres}/busy"
+    database = Database(url, timeout=0.3, start_seconds=0, password=PASSWORD)
+    async with engine.connect() as other:
+        await other.execute(select(func.pg_advisory_lock(LOCK)))
+        starting = asyncio.create_task(database.prepare())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await asyncio.shield(starting)
+        await other.execute(select(func.pg_advisory_unlock(LOCK)))
+        await starting
+        assert await other.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+    async with database._own.connect() as own:
+        patience.append(await own.scalar(text("SHOW idle_session_timeout")))
+    assert patience == ["5s", "0"]
+    await database.aclose()
+    await engine.dispose()

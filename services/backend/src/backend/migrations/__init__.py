@@ -1,5 +1,6 @@
 """The tables, brought up to this release from whatever is there; ``versions/`` holds each step, and says why."""
 
+import asyncio
 import logging
 
 from alembic import command
@@ -37,15 +38,21 @@ async def _in_sqlite(engine: AsyncEngine) -> None:
 
 async def _in_postgres(engine: AsyncEngine) -> None:
     async with engine.connect() as connection:
-        # Of the connection, not of a transaction: a step that changes many rows commits in between.
-        await connection.execute(select(func.pg_advisory_lock(LOCK)))
-        await connection.commit()
         try:
+            # Whoever hangs in the middle must not keep the others out: its connection is closed, and the lock with it.
+            await connection.execute(text("SET idle_session_timeout = '5s'"))
+            # Of the connection, not of a transaction: a step that changes many rows commits in between. And asked for
+            # again and again: a server goes on waiting for a lock when its client has long given up.
+            while not await connection.scalar(select(func.pg_try_advisory_lock(LOCK))):
+                await connection.commit()
+                await asyncio.sleep(0.1)
+            await connection.commit()
             await connection.run_sync(_upgrade)
             await connection.execute(select(func.pg_advisory_unlock(LOCK)))
+            await connection.execute(text("RESET idle_session_timeout"))
             await connection.commit()
         except BaseException:
-            await connection.invalidate()  # the lock goes with it
+            await connection.invalidate()
             raise
 
 
