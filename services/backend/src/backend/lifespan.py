@@ -18,7 +18,7 @@ Lifespan: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def keep(database: Database, key_age: float, every: float = _HOUR) -> Lifespan:
-    """The tables are up to date inside, and keys older than ``key_age`` seconds are forgotten ``every`` so often."""
+    """The tables are up to date inside, and keys older than ``key_age`` seconds are forgotten, at least ``every`` so many seconds."""
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
@@ -37,7 +37,7 @@ def keep(database: Database, key_age: float, every: float = _HOUR) -> Lifespan:
 async def _forget(cards: Cards, key_age: float, every: float) -> None:
     while True:
         # Replicas that start together need not do it together; doing it twice does no harm.
-        await asyncio.sleep(every * random.uniform(0.5, 1.5))
+        await asyncio.sleep(every * random.uniform(0.5, 1.0))
         try:
             await cards.forget_keys(key_age)
         except Exception:
