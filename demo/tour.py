@@ -17,12 +17,12 @@ __all__ = ["show_tour", "stay"]
 _CARDS = [
     {
         "title": "Consul knows who is healthy",
-        "text": "Every service registers with Consul, which checks its health and forgets it when it fails.",
+        "content": "Every service registers with Consul, which checks its health and forgets it when it fails.",
         "tags": ["consul", "health"],
     },
     {
         "title": "Calling a service by name",
-        "text": "A service asks Consul who is healthy and calls another service by name, never by address.",
+        "content": "A service asks Consul who is healthy and calls another service by name, never by address.",
         "tags": ["discovery"],
     },
 ]
@@ -40,7 +40,7 @@ async def show_tour(system: System, console: Console) -> str:
     base_url = f"http://localhost:{system.ports.services['orchestrator-api']}"
     async with httpx.AsyncClient(base_url=base_url, timeout=10.0, trust_env=False) as front_door:
         *_, card = [await _ask(front_door, "POST", "/api/publish", draft) for draft in _CARDS]
-        enriched = await _ask(front_door, "POST", "/api/enrich", {"text": card["text"]})
+        enriched = await _ask(front_door, "POST", "/api/enrich", {"content": card["content"]})
         called = Table(
             "service", "answered by", "is", title="Called by name from orchestrator-api", title_justify="left"
         )
@@ -98,7 +98,7 @@ def _card_table(card: dict[str, Any], enriched: dict[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_row("card", f"{card['id']}: {card['title']}")
-    table.add_row("text", card["text"])
+    table.add_row("content", card["content"])
     table.add_row("tags", ", ".join(card["tags"]))
     for heading, suggestions in (("suggested when published", card), ("POST /api/enrich says", enriched)):
         table.add_row(heading, "; ".join(f"{found['kind']} {found['value']!r}" for found in suggestions["suggestions"]))

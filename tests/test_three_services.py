@@ -128,7 +128,7 @@ def system(consul_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def card(title: str) -> dict[str, Any]:
-    return {"title": title, "text": "Services find each other with Consul", "tags": ["registry"]}
+    return {"title": title, "content": "Services find each other with Consul", "tags": ["registry"]}
 
 
 def test_publishing_reaches_research_and_backend_by_name(system: System) -> None:
@@ -142,7 +142,7 @@ def test_publishing_reaches_research_and_backend_by_name(system: System) -> None
     assert second["enriched"] is True
     assert first.json()["id"] in [found["card_id"] for found in second["suggestions"]]
 
-    enriched = system.post("/api/enrich", {"text": "Who can find services?"})
+    enriched = system.post("/api/enrich", {"content": "Who can find services?"})
     assert enriched.json()["complete"] is True
     assert "registry" in [found["value"] for found in enriched.json()["suggestions"]]
     assert enriched.headers["X-Upstream-Instance"] in system.passing("research-api")
@@ -155,6 +155,26 @@ def test_publishing_reaches_research_and_backend_by_name(system: System) -> None
         ),
         "an answer from each of three backends",
     )
+
+
+def test_a_title_and_a_content_are_a_card(system: System) -> None:
+    """The shortest card is published, read, replaced, changed and deleted, whichever replica is asked."""
+    published = system.post("/api/publish", {"title": "Test Card", "content": "Hello world"})
+    assert (published.status_code, published.json()["content"]) == (201, "Hello world")
+    path = f"/api/cards/{published.json()['id']}"
+    first, second, third = sorted(system.passing("backend-api"))
+    with httpx.Client(trust_env=False) as client:
+
+        def ask(instance: str, method: str, body: Any = None) -> httpx.Response:
+            port = instance.rsplit("-", 1)[1]
+            return client.request(method, f"http://127.0.0.1:{port}{path}", json=body)
+
+        assert ask(first, "GET").json()["content"] == "Hello world"
+        assert ask(second, "PUT", {"title": "Test Card", "content": "Hello"}).json()["content"] == "Hello"
+        assert ask(third, "PATCH", {"content": "Hello again"}).json()["title"] == "Test Card"
+        assert ask(first, "GET").json()["content"] == "Hello again"
+        assert ask(second, "DELETE").status_code == 204
+        assert ask(third, "GET").status_code == 404
 
 
 def test_one_key_is_one_card_however_often_it_is_sent(system: System) -> None:
@@ -183,7 +203,7 @@ def test_publishing_goes_on_without_research(system: System) -> None:
         published = system.post("/api/publish", card("Alone"))
         assert (published.status_code, published.json()["enriched"]) == (201, False)
         # The front door may still know it from before: that it refuses is 502, and then nobody is left.
-        first, second = (system.post("/api/enrich", {"text": "consul"}) for _ in range(2))
+        first, second = (system.post("/api/enrich", {"content": "consul"}) for _ in range(2))
         assert (first.status_code in {502, 503}, first.json()["service"]) == (True, "research-api")
         assert (second.status_code, second.json()["service"]) == (503, "research-api")
         health = system.get("/api/health")

@@ -24,7 +24,7 @@ _PAUSE = 0.2
 """Seconds between two looks."""
 _CARD = {
     "title": "Consul knows who is healthy",
-    "text": "Every service registers with Consul, which checks its health and forgets it when it fails.",
+    "content": "Every service registers with Consul, which checks its health and forgets it when it fails.",
     "tags": ["consul", "health"],
 }
 

@@ -26,7 +26,7 @@ def test_database(system: System, scene: Row) -> None:
         assert system.registered() == backends
         words = said_by_orchestrator(system)
         answer = system.http.post(
-            f"{system.edge['research-api']}/api/enrich", json={"text": "Research works without the database."}
+            f"{system.edge['research-api']}/api/enrich", json={"content": "Research works without the database."}
         )
         assert answer.status_code == 200
         assert answer.json()["complete"] is False

@@ -3,7 +3,7 @@
 from tests.e2e.report import Row
 from tests.e2e.system import System, wait_until
 
-CARD = {"title": "Written before the end", "text": "These were made", "tags": []}
+CARD = {"title": "Written before the end", "content": "These were made", "tags": []}
 
 
 def test_host(system: System, scene: Row) -> None:

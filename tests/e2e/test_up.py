@@ -11,7 +11,7 @@ from tests.e2e.report import Row
 from tests.e2e.system import BACKENDS, System, run_in
 from tools.services import SERVICES, Service
 
-CARD = {"title": "Consul knows who is healthy", "text": "Every service registers with Consul.", "tags": ["consul"]}
+CARD = {"title": "Consul knows who is healthy", "content": "Every service registers with Consul.", "tags": ["consul"]}
 
 
 def test_up(system: System, scene: Row) -> None:
@@ -21,7 +21,7 @@ def test_up(system: System, scene: Row) -> None:
     assert card.status_code == 201, card.text
     stored = system.http.get(f"{system.edge['backend-api']}/api/cards/{card.json()['id']}")
     assert stored.json()["title"] == CARD["title"]
-    enriched = system.http.post(f"{edge}/api/enrich", json={"text": CARD["text"]})
+    enriched = system.http.post(f"{edge}/api/enrich", json={"content": CARD["content"]})
     assert card.json()["id"] in {suggestion.get("card_id") for suggestion in enriched.json()["suggestions"]}
     interface = system.http.get(f"{system.consul}/ui/")
     assert interface.status_code == 200

@@ -18,6 +18,8 @@ from pydantic import SecretStr
 from registry import ConsulSettings, ServiceRegistry
 from registry.conformance import PROMISES, CannotExamineError, Finding, examine
 from registry.conformance.__main__ import main
+from registry.conformance.answers import components
+from registry.conformance.subject import Shortfall
 from registry.testing.agent import running_agent
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
@@ -134,6 +136,15 @@ def test_a_good_citizen_keeps_every_promise(good: Running, app: str) -> None:
     findings = good[app].result()
     assert {finding.promise: finding.sentence for finding in findings if finding.verdict != "kept"} == {}
     assert len(findings) == len(PROMISES) == 12
+
+
+def test_who_has_no_components_need_not_name_any() -> None:
+    """The answer of a service without parts of its own is whole; any other word than healthy needs its components."""
+    assert components(httpx.Response(200, json={"status": "healthy"})) == {}
+    bodies: list[object] = [{"status": "unhealthy"}, {"status": "ok"}, {"status": "healthy", "components": None}, []]
+    for body in bodies:
+        with pytest.raises(Shortfall, match="does not say how its components are"):
+            components(httpx.Response(200, json=body))
 
 
 MUTANTS = {

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from backend.main import create_app
 from backend.settings import Settings
 from registry import Instance, ServiceDiscoveryClient, StaticResolver
+from registry.fastapi import discovery_client
 
 Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
 RESEARCH = Instance("research-1", "research-api", "127.0.0.1", 8001)
@@ -31,9 +32,10 @@ async def replica(database_file: Path) -> AsyncIterator[Replica]:
             await stack.enter_async_context(app.state.database.lifespan(app))
             resolver = StaticResolver({"research-api": [RESEARCH]} if research else {})
             upstream = httpx.ASGITransport(research) if research else None
-            app.state.discovery_client = await stack.enter_async_context(
+            discovery = await stack.enter_async_context(
                 ServiceDiscoveryClient(resolver, retry_delay=0.0, transport=upstream)
             )
+            app.dependency_overrides[discovery_client] = lambda: discovery
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://backend")
             return await stack.enter_async_context(client)
 

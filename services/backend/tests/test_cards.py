@@ -10,7 +10,7 @@ ANYTHING = st.text(st.characters(), max_size=300)  # half surrogate pairs and NU
 
 
 async def publish(backend: httpx.AsyncClient, title: str, text: str = "", **fields: Any) -> dict[str, Any]:
-    answer = await backend.post("/api/publish", json={"title": title, "text": text, **fields})
+    answer = await backend.post("/api/publish", json={"title": title, "content": text, **fields})
     assert answer.status_code == 201, answer.text
     card: dict[str, Any] = answer.json()
     return card
@@ -26,7 +26,7 @@ async def test_a_published_card_can_be_read(backend: httpx.AsyncClient) -> None:
     """What was published is what is read, tags without their repetitions, times in UTC."""
     published = await publish(backend, "  Consul ", "finds services", tags=["b", "a", "b"])
     read = (await backend.get(f"/api/cards/{published['id']}")).json()
-    assert (read["title"], read["text"], read["tags"]) == ("Consul", "finds services", ["b", "a"])
+    assert (read["title"], read["content"], read["tags"]) == ("Consul", "finds services", ["b", "a"])
     assert read["created_at"] == read["updated_at"]
     assert read["created_at"].endswith("Z")
     assert published == read | {"suggestions": [], "enriched": False}
@@ -35,9 +35,9 @@ async def test_a_published_card_can_be_read(backend: httpx.AsyncClient) -> None:
 async def test_put_replaces_everything(backend: httpx.AsyncClient) -> None:
     """PUT leaves nothing of the old card but its id and its birth."""
     before = await publish(backend, "Old", "old text", tags=["old"])
-    answer = await backend.put(f"/api/cards/{before['id']}", json={"title": "New", "text": "new text"})
+    answer = await backend.put(f"/api/cards/{before['id']}", json={"title": "New", "content": "new text"})
     after = answer.json()
-    assert (after["title"], after["text"], after["tags"]) == ("New", "new text", [])
+    assert (after["title"], after["content"], after["tags"]) == ("New", "new text", [])
     assert (after["id"], after["created_at"]) == (before["id"], before["created_at"])
     assert after["updated_at"] > before["updated_at"]
     assert await titles(backend, q="old") == []
@@ -46,9 +46,9 @@ async def test_put_replaces_everything(backend: httpx.AsyncClient) -> None:
 async def test_patch_changes_only_what_is_sent(backend: httpx.AsyncClient) -> None:
     """PATCH leaves the fields that it does not name, and search follows."""
     card = await publish(backend, "Title", "old text", tags=["tag"])
-    answer = await backend.patch(f"/api/cards/{card['id']}", json={"text": "new text"})
+    answer = await backend.patch(f"/api/cards/{card['id']}", json={"content": "new text"})
     assert answer.status_code == 200
-    assert (answer.json()["title"], answer.json()["text"], answer.json()["tags"]) == ("Title", "new text", ["tag"])
+    assert (answer.json()["title"], answer.json()["content"], answer.json()["tags"]) == ("Title", "new text", ["tag"])
     assert await titles(backend, q="old") == []
     assert await titles(backend, q="new") == ["Title"]
 
@@ -61,13 +61,25 @@ async def test_a_deleted_card_is_gone_and_its_id_too(backend: httpx.AsyncClient)
     assert (await publish(backend, "Second"))["id"] > card["id"]
 
 
+async def test_the_name_of_the_release_before_is_taken_and_shown(backend: httpx.AsyncClient) -> None:
+    """During a roll, callers that send and read `text` get on with this release; a wrong field is still refused."""
+    published = await backend.post("/api/publish", json={"title": "Old caller", "text": "old"})
+    assert (published.status_code, published.json()["text"], published.json()["content"]) == (201, "old", "old")
+    path = f"/api/cards/{published.json()['id']}"
+    assert (await backend.patch(path, json={"text": "older"})).json()["content"] == "older"
+    assert (await backend.put(path, json={"title": "t", "text": "oldest"})).json()["text"] == "oldest"
+    assert (await backend.get("/api/cards")).json()["items"][0]["text"] == "oldest"
+    assert (await backend.patch(path, json={"words": "none"})).status_code == 422
+
+
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE"])
 async def test_an_unknown_card_is_404(backend: httpx.AsyncClient, method: str) -> None:
     """Every method says which card does not exist, and PUT creates none."""
-    body = None if method in {"GET", "DELETE"} else {"title": "t", "text": "t"}
+    body = None if method in {"GET", "DELETE"} else {"title": "t", "content": "t"}
     answer = await backend.request(method, "/api/cards/7", json=body)
     assert answer.status_code == 404
-    assert answer.json() == {"detail": "Card 7 does not exist"}
+    assert answer.json() == {"title": "Not Found", "status": 404, "detail": "Card 7 does not exist"}
+    assert answer.headers["Content-Type"] == "application/problem+json"
     assert await titles(backend) == []
 
 
@@ -136,18 +148,18 @@ async def test_impossible_searches_are_422(backend: httpx.AsyncClient, params: d
 @pytest.mark.parametrize(
     ("body", "location"),
     [
-        (b'{"title": "", "text": ""}', ["body", "title"]),
-        (b'{"title": "   ", "text": ""}', ["body", "title"]),
-        (b'{"title": "a\\u0000b", "text": ""}', ["body", "title"]),
-        (b'{"title": "a", "text": "\\ud800"}', ["body", "text"]),
-        (b'{"title": "a", "text": NaN}', ["body", "text"]),
-        (b'{"title": "a", "text": "", "tags": [""]}', ["body", "tags", 0]),
-        (b'{"title": "a", "text": "", "tags": ["b\\u0000"]}', ["body", "tags", 0]),
-        (b'{"title": "a", "text": "", "tag": "misspelt"}', ["body", "tag"]),
-        (b'{"title": "a"}', ["body", "text"]),
-        (json.dumps({"title": "a", "text": "x" * 100_001}).encode(), ["body", "text"]),
-        (json.dumps({"title": "a" * 201, "text": ""}).encode(), ["body", "title"]),
-        (json.dumps({"title": "a", "text": "", "tags": ["t"] * 21}).encode(), ["body", "tags"]),
+        (b'{"title": "", "content": ""}', ["body", "title"]),
+        (b'{"title": "   ", "content": ""}', ["body", "title"]),
+        (b'{"title": "a\\u0000b", "content": ""}', ["body", "title"]),
+        (b'{"title": "a", "content": "\\ud800"}', ["body", "content"]),
+        (b'{"title": "a", "content": NaN}', ["body", "content"]),
+        (b'{"title": "a", "content": "", "tags": [""]}', ["body", "tags", 0]),
+        (b'{"title": "a", "content": "", "tags": ["b\\u0000"]}', ["body", "tags", 0]),
+        (b'{"title": "a", "content": "", "tag": "misspelt"}', ["body", "tag"]),
+        (b'{"title": "a"}', ["body", "content"]),
+        (json.dumps({"title": "a", "content": "x" * 100_001}).encode(), ["body", "content"]),
+        (json.dumps({"title": "a" * 201, "content": ""}).encode(), ["body", "title"]),
+        (json.dumps({"title": "a", "content": "", "tags": ["t"] * 21}).encode(), ["body", "tags"]),
     ],
 )
 async def test_refused_input_is_422_and_names_the_field(
@@ -156,7 +168,8 @@ async def test_refused_input_is_422_and_names_the_field(
     """A refusal says where and why in a short answer, and stores nothing."""
     answer = await backend.post("/api/publish", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
-    assert [problem["loc"] for problem in answer.json()["detail"]] == [location]
+    assert [problem["loc"] for problem in answer.json()["errors"]] == [location]
+    assert answer.headers["Content-Type"] == "application/problem+json"
     assert len(answer.content) < 500
     assert await titles(backend) == []
 
@@ -165,7 +178,7 @@ async def test_a_very_long_card_is_kept_whole(backend: httpx.AsyncClient) -> Non
     """The longest text that is allowed comes back unchanged."""
     text = "🦆" * 100_000
     card = await publish(backend, "Long", text)
-    assert (await backend.get(f"/api/cards/{card['id']}")).json()["text"] == text
+    assert (await backend.get(f"/api/cards/{card['id']}")).json()["content"] == text
 
 
 async def test_a_page_shows_the_beginning_of_long_texts(backend: httpx.AsyncClient) -> None:
@@ -173,8 +186,8 @@ async def test_a_page_shows_the_beginning_of_long_texts(backend: httpx.AsyncClie
     await publish(backend, "Short", "🦆" * 500)
     await publish(backend, "Long", "🦆" * 501)
     long, short = (await backend.get("/api/cards")).json()["items"]
-    assert (long["text"], long["complete"]) == ("🦆" * 500, False)
-    assert (short["text"], short["complete"]) == ("🦆" * 500, True)
+    assert (long["content"], long["complete"]) == ("🦆" * 500, False)
+    assert (short["content"], short["complete"]) == ("🦆" * 500, True)
 
 
 async def test_a_page_has_a_bounded_size(backend: httpx.AsyncClient) -> None:
@@ -199,14 +212,14 @@ async def test_any_text_is_stored_as_it_is_or_refused(
     backend: httpx.AsyncClient, title: str, text: str, tag: str
 ) -> None:
     """Whatever the characters: 201 and the same text again, findable; or 422. Never a 500, never a changed text."""
-    body = json.dumps({"title": title, "text": text, "tags": [tag]})
+    body = json.dumps({"title": title, "content": text, "tags": [tag]})
     answer = await backend.post("/api/publish", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in {201, 422}
     if any("\0" in part or any("\ud800" <= char <= "\udfff" for char in part) for part in (title, text, tag)):
         assert answer.status_code == 422
     if answer.status_code == 201:
         card = answer.json()
-        assert card["text"] == text
+        assert card["content"] == text
         assert card["title"] in title
         assert (await backend.get(f"/api/cards/{card['id']}")).json()["title"] == card["title"]
         found = await backend.get("/api/cards", params={"q": text[3:60], "limit": 1})

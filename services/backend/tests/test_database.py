@@ -104,12 +104,13 @@ async def test_a_locked_database_is_503_and_recovers(replica: Replica, database_
     backend = await replica(database_timeout=0.1)
     blocker = sqlite3.connect(database_file, isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
-    answer = await backend.post("/api/publish", json={"title": "t", "text": "t"})
+    answer = await backend.post("/api/publish", json={"title": "t", "content": "t"})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-    assert answer.json() == {"detail": "The database can't be reached: try again in a moment"}
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.json()["detail"] == "The database can't be reached: try again in a moment"
     assert (await backend.get("/api/cards")).json()["total"] == 0
     blocker.close()
-    assert (await backend.post("/api/publish", json={"title": "t", "text": "t"})).status_code == 201
+    assert (await backend.post("/api/publish", json={"title": "t", "content": "t"})).status_code == 201
 
 
 async def test_a_silent_database_keeps_nobody_longer_than_the_timeout() -> None:
@@ -157,7 +158,7 @@ async def test_an_empty_database_gets_its_tables(replica: Replica, database_file
     connection = sqlite3.connect(database_file)
     connection.executescript("DROP TABLE cards; DROP TABLE publications")
     connection.close()
-    card = {"title": "t", "text": "t"}
+    card = {"title": "t", "content": "t"}
     for answer in (await backend.post("/api/publish", json=card), await backend.get("/api/cards")):
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert (await backend.get("/health")).status_code == 200
@@ -177,7 +178,7 @@ async def test_a_full_disk_is_told(replica: Replica) -> None:
     backend = await replica()
     event.listen(Pool, "checkout", limit)
     try:
-        card = {"title": "t", "text": "x" * 50_000}
+        card = {"title": "t", "content": "x" * 50_000}
         assert (await backend.post("/api/publish", json=card)).status_code == 201
         full = True
         assert (await backend.post("/api/publish", json=card)).status_code == 503

@@ -1,14 +1,23 @@
 import asyncio
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
 
+from backend import cards
+from backend.cards import Cards
+from backend.database import Database
+from backend.lifespan import keep
+
 Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
-CARD = {"title": "Consul", "text": "finds services", "tags": ["known"]}
+CARD = {"title": "Consul", "content": "finds services", "tags": ["known"]}
 SUGGESTIONS: list[dict[str, Any]] = [
     {"kind": "tag", "value": "known", "score": 3, "card_id": None},
     {"kind": "tag", "value": "discovery", "score": 2, "card_id": None},
@@ -43,7 +52,7 @@ async def test_suggestions_come_from_research_api(replica: Replica) -> None:
     assert answer.headers["Location"] == f"/api/cards/{answer.json()['id']}"
     assert answer.json()["enriched"] is True
     assert answer.json()["suggestions"] == SUGGESTIONS[1:]
-    assert research.asked == [{"text": "Consul\nfinds services", "limit": 5}]
+    assert research.asked == [{"content": "Consul\nfinds services", "limit": 5}]
 
 
 async def test_an_incomplete_enrichment_is_called_so(replica: Replica) -> None:
@@ -105,7 +114,7 @@ async def test_the_same_key_for_another_body_is_refused(backend: httpx.AsyncClie
     await backend.post("/api/publish", json=CARD, headers=headers)
     answer = await backend.post("/api/publish", json=CARD | {"title": "Other"}, headers=headers)
     assert answer.status_code == 422
-    [problem] = answer.json()["detail"]
+    [problem] = answer.json()["errors"]
     assert problem["loc"] == ["header", "idempotency-key"]
     assert "'key' was used before with a different body" in problem["msg"]
     assert await card_count(backend) == 1
@@ -126,6 +135,47 @@ async def test_a_key_outlives_its_card(backend: httpx.AsyncClient) -> None:
     again = await backend.post("/api/publish", json=CARD, headers=headers)
     assert (again.status_code, again.json()) == (201, card)
     assert await card_count(backend) == 0
+
+
+async def test_old_keys_are_forgotten_and_cards_stay(replica: Replica, database_file: Path) -> None:
+    """A key is known for its time, one without a time from the first look on; then it may publish another card."""
+    backend, database = await replica(), Database(f"sqlite:///{database_file}")
+    for key in ("old", "young", "undated", *(f"many-{number}" for number in range(7))):
+        assert (await backend.post("/api/publish", json=CARD, headers={"Idempotency-Key": key})).status_code == 201
+    with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
+        connection.execute("UPDATE publications SET published_at = '2026-01-01' WHERE key LIKE 'many%' OR key = 'old'")
+        connection.execute("UPDATE publications SET published_at = NULL WHERE key = 'undated'")
+        with patch.object(cards, "_BATCH", 3):
+            await Cards(database).forget_keys(60)
+        assert sorted(connection.execute("SELECT key FROM publications")) == [("undated",), ("young",)]
+        assert connection.execute("SELECT count(*) FROM publications WHERE published_at IS NULL").fetchone() == (0,)
+    await database.aclose()
+    assert await card_count(backend) == 10
+    again = await backend.post("/api/publish", json=CARD | {"title": "New"}, headers={"Idempotency-Key": "old"})
+    assert (again.status_code, again.json()["title"]) == (201, "New")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns as soon as it holds; fails after ten seconds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_a_running_service_forgets_keys_and_survives_a_failure(
+    database_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lifespan does it again and again, also after a time when the database did not work."""
+    database = Database(f"sqlite:///{database_file}", timeout=0.1)
+    async with keep(database, key_age=1e-6, every=0.02)(FastAPI()):
+        with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")
+            await until(lambda: "old keys stay until the next time" in caplog.text)
+            connection.execute("ROLLBACK")
+            insert = "INSERT INTO publications VALUES ('key', 'print', '{}', '2026-01-01')"
+            connection.execute(insert)
+            await until(lambda: connection.execute("SELECT * FROM publications").fetchone() is None)
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 201, "ä".encode().decode("latin-1")])
@@ -186,7 +236,7 @@ async def test_changes_that_cross_lose_no_field(replica: Replica) -> None:
     for number in range(20):
         await asyncio.gather(
             one.patch(f"/api/cards/{card['id']}", json={"title": f"title{number}"}),
-            two.patch(f"/api/cards/{card['id']}", json={"text": f"text{number}"}),
+            two.patch(f"/api/cards/{card['id']}", json={"content": f"text{number}"}),
         )
         for q in (f"title{number}", f"text{number}"):
             assert (await one.get("/api/cards", params={"q": q})).json()["total"] == 1

@@ -12,13 +12,14 @@ import registry
 from orchestrator.main import create_app
 from orchestrator.settings import Settings
 from registry import Instance, ServiceDiscoveryClient, Snapshot, StaticResolver
+from registry.fastapi import discovery_client
 
 Start: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
 UPSTREAMS = {
     "backend-api": [Instance("backend-1", "backend-api", "10.0.0.1", 8002)],
     "research-api": [Instance("research-1", "research-api", "10.0.0.2", 8001)],
 }
-CARD = {"title": "Consul", "text": "finds services", "tags": ["registry"]}
+CARD = {"title": "Consul", "content": "finds services", "tags": ["registry"]}
 PUBLISHED = CARD | {"id": 7, "suggestions": [], "enriched": True, "a field of tomorrow": 1}
 ENRICHED = {"suggestions": [{"kind": "tag", "value": "registry", "score": 1}], "complete": True, "more": [2]}
 
@@ -32,11 +33,12 @@ async def start() -> AsyncIterator[Start]:
             upstream: Callable[[httpx.Request], Any], resolver: registry.Resolver | None = None
         ) -> httpx.AsyncClient:
             app = create_app(Settings())
-            app.state.discovery_client = await stack.enter_async_context(
+            discovery = await stack.enter_async_context(
                 ServiceDiscoveryClient(
                     resolver or StaticResolver(UPSTREAMS), retry_delay=0.0, transport=httpx.MockTransport(upstream)
                 )
             )
+            app.dependency_overrides[discovery_client] = lambda: discovery
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front")
             return await stack.enter_async_context(client)
 
@@ -57,13 +59,13 @@ async def test_enrich_asks_research_api(start: Start) -> None:
         return httpx.Response(200, json=ENRICHED, headers={"X-Service-Instance": "research-1"})
 
     front = await start(research)
-    answer = await front.post("/api/enrich", json={"text": "consul", "limit": 3})
+    answer = await front.post("/api/enrich", json={"content": "consul", "limit": 3})
     assert (answer.status_code, answer.json()) == (200, ENRICHED)
     assert answer.headers["X-Upstream-Instance"] == "research-1"
     assert [(str(request.url), request.headers["Host"]) for request in seen] == [
         ("http://10.0.0.2:8001/api/enrich", "research-api")
     ]
-    assert seen[0].read() == b'{"text":"consul","limit":3}'
+    assert seen[0].read() == b'{"content":"consul","limit":3}'
 
 
 async def test_publish_asks_backend_api(start: Start) -> None:
@@ -83,6 +85,20 @@ async def test_publish_asks_backend_api(start: Start) -> None:
     assert [(str(request.url), request.headers["Idempotency-Key"]) for request in seen] == [
         ("http://10.0.0.1:8002/api/publish", "my-key")
     ]
+
+
+async def test_the_name_of_the_release_before_is_taken(start: Start) -> None:
+    """A caller who still sends `text` is passed on with `content`."""
+    seen: list[Any] = []
+
+    def upstream(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.read()))
+        return httpx.Response(201, json=PUBLISHED | ENRICHED)
+
+    front = await start(upstream)
+    assert (await front.post("/api/publish", json={"title": "t", "text": "old"})).status_code == 201
+    assert (await front.post("/api/enrich", json={"text": "old"})).status_code == 200
+    assert [body["content"] for body in seen] == ["old", "old"]
 
 
 async def test_a_replayed_answer_is_called_so(start: Start) -> None:
@@ -116,7 +132,7 @@ async def test_enrich_is_repeated_because_it_only_reads(start: Start) -> None:
     """A failed enrich is asked again of another attempt."""
     outcomes = iter([httpx.Response(500), httpx.Response(200, json=ENRICHED)])
     front = await start(lambda _: next(outcomes))
-    assert (await front.post("/api/enrich", json={"text": "consul"})).status_code == 200
+    assert (await front.post("/api/enrich", json={"content": "consul"})).status_code == 200
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 422, 429])
@@ -163,7 +179,7 @@ async def test_headers_of_the_caller_go_nowhere(start: Start) -> None:
     front = await start(upstream)
     names = ["Connection", "Keep-Alive", "Proxy-Authorization", "TE", "Trailer", "Upgrade", "Expect", "Cookie"]
     theirs = dict.fromkeys(names, "theirs") | {"Content-Length": "3", "Transfer-Encoding": "theirs"}
-    for path, body in (("/api/publish", CARD), ("/api/enrich", {"text": "consul"})):
+    for path, body in (("/api/publish", CARD), ("/api/enrich", {"content": "consul"})):
         content = json.dumps(body).encode()
         headers = {**theirs, "Host": "elsewhere", "Content-Type": "application/json"}
         assert (await front.post(path, content=content, headers=headers)).status_code in {200, 201}
@@ -201,7 +217,7 @@ def raises(error: Exception) -> Callable[[httpx.Request], httpx.Response]:
 )
 @pytest.mark.parametrize(
     ("path", "body", "service"),
-    [("/api/enrich", {"text": "consul"}, "research-api"), ("/api/publish", CARD, "backend-api")],
+    [("/api/enrich", {"content": "consul"}, "research-api"), ("/api/publish", CARD, "backend-api")],
 )
 async def test_what_fails_behind_the_front_door_is_told_in_words(
     start: Start, upstream: Any, status: int, words: str, path: str, body: Any, service: str
@@ -211,6 +227,7 @@ async def test_what_fails_behind_the_front_door_is_told_in_words(
     assert answer.status_code == status
     assert answer.json()["service"] == service
     assert answer.json()["detail"].startswith(service)
+    assert answer.headers["Content-Type"] == "application/problem+json"
     assert words in answer.json()["detail"]
     assert ("Retry-After" in answer.headers) == (status == 503)
 
@@ -248,14 +265,14 @@ async def test_nobody_to_ask_is_503(start: Start, error: registry.RegistryError,
     "body",
     [
         b"{}",
-        b'{"title": "t", "text": NaN}',
-        b'{"title": "\\ud800", "text": "t"}',
-        b'{"title": "t", "text": "t", "tags": ["\\udfff"]}',
-        b'{"title": "t", "text": "t", "misspelt": 1}',
-        json.dumps({"title": "t" * 1_001, "text": "t"}).encode(),
-        json.dumps({"title": "t", "text": "t" * 110_001}).encode(),
-        json.dumps({"title": "t", "text": "t", "tags": ["t"] * 101}).encode(),
-        json.dumps({"title": "t", "text": "t", "tags": ["t" * 201]}).encode(),
+        b'{"title": "t", "content": NaN}',
+        b'{"title": "\\ud800", "content": "t"}',
+        b'{"title": "t", "content": "t", "tags": ["\\udfff"]}',
+        b'{"title": "t", "content": "t", "misspelt": 1}',
+        json.dumps({"title": "t" * 1_001, "content": "t"}).encode(),
+        json.dumps({"title": "t", "content": "t" * 110_001}).encode(),
+        json.dumps({"title": "t", "content": "t", "tags": ["t"] * 101}).encode(),
+        json.dumps({"title": "t", "content": "t", "tags": ["t" * 201]}).encode(),
     ],
 )
 async def test_what_can_not_be_passed_on_is_422(start: Start, body: bytes) -> None:
@@ -296,7 +313,7 @@ async def test_the_front_door_is_healthy_without_its_upstreams(start: Start) -> 
     """/health is about this service alone."""
     front = await start(raises(AssertionError("sent")), StaticResolver({}))
     answer = await front.get("/health")
-    assert (answer.status_code, answer.json()) == (200, {"status": "healthy", "components": {}})
+    assert (answer.status_code, answer.json()) == (200, {"status": "healthy"})
 
 
 async def test_a_cancelled_request_cancels_its_upstream_call(start: Start) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from registry import Instance, ServiceDiscoveryClient, StaticResolver
+from registry.fastapi import discovery_client
 from research.main import create_app
 from research.settings import Settings
 
@@ -51,9 +52,10 @@ async def start() -> AsyncIterator[Start]:
             app = create_app(Settings(**overrides))
             resolver = StaticResolver({"backend-api": [BACKEND]} if backend else {})
             upstream = httpx.ASGITransport(backend) if backend else None
-            app.state.discovery_client = await stack.enter_async_context(
+            discovery = await stack.enter_async_context(
                 ServiceDiscoveryClient(resolver, retry_delay=0.0, transport=upstream)
             )
+            app.dependency_overrides[discovery_client] = lambda: discovery
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://research")
             return await stack.enter_async_context(client)
 
@@ -61,14 +63,14 @@ async def start() -> AsyncIterator[Start]:
 
 
 def card(number: int, title: str, *tags: str) -> dict[str, Any]:
-    return {"id": number, "title": title, "text": "", "tags": list(tags), "created_at": "2026-01-31T12:00:00Z"}
+    return {"id": number, "title": title, "content": "", "tags": list(tags), "created_at": "2026-01-31T12:00:00Z"}
 
 
 async def test_suggestions_come_from_the_cards_of_backend_api(start: Start) -> None:
     """Each keyword is searched for by name; what is found becomes tags and related cards."""
     backend = Backend(card(1, "Consul agents", "registry"), card(2, "Gardening", "fruit"))
     research = await start(backend.app)
-    answer = await research.post("/api/enrich", json={"text": "Agents of Consul", "limit": 3})
+    answer = await research.post("/api/enrich", json={"content": "Agents of Consul", "limit": 3})
     assert answer.status_code == 200
     assert answer.json() == {
         "suggestions": [
@@ -80,25 +82,34 @@ async def test_suggestions_come_from_the_cards_of_backend_api(start: Start) -> N
     assert sorted(backend.queries) == ["agents", "consul"]
 
 
+async def test_the_release_before_is_understood(start: Start) -> None:
+    """During a roll, a backend-api of the release before asks with `text`, and shows its cards with it."""
+    old = {**card(1, "Consul", "registry"), "text": "agents"}
+    del old["content"]
+    research = await start(Backend(old).app)
+    answer = (await research.post("/api/enrich", json={"text": "agents"})).json()
+    assert ([found["value"] for found in answer["suggestions"]], answer["complete"]) == (["registry", "Consul"], True)
+
+
 async def test_enriching_only_reads(start: Start) -> None:
     """At most five searches and nothing else, so publishing, which asks for this, is never asked in return."""
     backend = Backend()
     research = await start(backend.app)
-    await research.post("/api/enrich", json={"text": " ".join(f"word{number}" for number in range(50))})
+    await research.post("/api/enrich", json={"content": " ".join(f"word{number}" for number in range(50))})
     assert backend.requests == ["GET /api/cards"] * 5
 
 
 async def test_a_text_without_words_needs_no_backend(start: Start) -> None:
     """Nothing to search for is a complete answer, even when nobody could be asked."""
     research = await start()
-    answer = await research.post("/api/enrich", json={"text": "a, b & c"})
+    answer = await research.post("/api/enrich", json={"content": "a, b & c"})
     assert (answer.status_code, answer.json()) == (200, {"suggestions": [], "complete": True})
 
 
 async def test_no_backend_is_an_incomplete_answer(start: Start) -> None:
     """With no backend-api to be found the answer is 200, empty, and says that it is incomplete."""
     research = await start()
-    answer = await research.post("/api/enrich", json={"text": "consul"})
+    answer = await research.post("/api/enrich", json={"content": "consul"})
     assert (answer.status_code, answer.json()) == (200, NOTHING)
 
 
@@ -106,7 +117,7 @@ async def test_what_was_found_is_kept_when_one_search_fails(start: Start) -> Non
     """A search that fails makes the answer incomplete; the others still count."""
     backend = Backend(card(1, "Consul", "registry"), fails_on="agents")
     research = await start(backend.app)
-    answer = (await research.post("/api/enrich", json={"text": "consul agents"})).json()
+    answer = (await research.post("/api/enrich", json={"content": "consul agents"})).json()
     assert [found["value"] for found in answer["suggestions"]] == ["registry", "Consul"]
     assert answer["complete"] is False
 
@@ -117,7 +128,7 @@ async def test_an_answer_that_is_no_page_of_cards_is_no_answer(start: Start, pag
     backend = FastAPI()
     backend.get("/api/cards")(lambda: page)
     research = await start(backend)
-    answer = await research.post("/api/enrich", json={"text": "consul"})
+    answer = await research.post("/api/enrich", json={"content": "consul"})
     assert (answer.status_code, answer.json()) == (200, NOTHING)
 
 
@@ -131,7 +142,7 @@ async def test_a_hanging_backend_costs_at_most_the_timeout(start: Start) -> None
 
     research = await start(backend, search_timeout=0.2)
     started = time.monotonic()
-    answer = await research.post("/api/enrich", json={"text": "consul agents register"})
+    answer = await research.post("/api/enrich", json={"content": "consul agents register"})
     assert (answer.status_code, answer.json()) == (200, NOTHING)
     assert 0.2 <= time.monotonic() - started < 2
 
@@ -139,12 +150,12 @@ async def test_a_hanging_backend_costs_at_most_the_timeout(start: Start) -> None
 @pytest.mark.parametrize(
     ("body", "location"),
     [
-        (b"{}", ["body", "text"]),
-        (b'{"text": NaN}', ["body", "text"]),
-        (b'{"text": "a", "limit": 0}', ["body", "limit"]),
-        (b'{"text": "a", "limit": 51}', ["body", "limit"]),
-        (b'{"text": "a", "limits": 1}', ["body", "limits"]),
-        (json.dumps({"text": "x" * 110_001}).encode(), ["body", "text"]),
+        (b"{}", ["body", "content"]),
+        (b'{"content": NaN}', ["body", "content"]),
+        (b'{"content": "a", "limit": 0}', ["body", "limit"]),
+        (b'{"content": "a", "limit": 51}', ["body", "limit"]),
+        (b'{"content": "a", "limits": 1}', ["body", "limits"]),
+        (json.dumps({"content": "x" * 110_001}).encode(), ["body", "content"]),
     ],
 )
 async def test_refused_input_is_422_and_names_the_field(start: Start, body: bytes, location: list[str]) -> None:
@@ -152,7 +163,8 @@ async def test_refused_input_is_422_and_names_the_field(start: Start, body: byte
     research = await start()
     answer = await research.post("/api/enrich", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
-    assert [problem["loc"] for problem in answer.json()["detail"]] == [location]
+    assert [problem["loc"] for problem in answer.json()["errors"]] == [location]
+    assert answer.headers["Content-Type"] == "application/problem+json"
     assert len(answer.content) < 300
 
 
@@ -162,7 +174,7 @@ async def test_any_text_is_enriched(start: Start, text: str) -> None:
     """Whatever the characters: a complete answer, or 422 for half a surrogate pair, which is no text; never a 500."""
     research = await start(Backend(card(1, text.encode(errors="replace").decode(), "tag")).app)
     answer = await research.post(
-        "/api/enrich", content=json.dumps({"text": text}), headers={"Content-Type": "application/json"}
+        "/api/enrich", content=json.dumps({"content": text}), headers={"Content-Type": "application/json"}
     )
     if text.encode(errors="ignore").decode() == text:
         assert (answer.status_code, answer.json()["complete"]) == (200, True)
@@ -174,7 +186,7 @@ async def test_research_is_healthy_without_its_upstream(start: Start) -> None:
     """Health is about research-api alone: a missing backend-api does not make it sick."""
     research = await start()
     answer = await research.get("/health")
-    assert (answer.status_code, answer.json()) == (200, {"status": "healthy", "components": {}})
+    assert (answer.status_code, answer.json()) == (200, {"status": "healthy"})
 
 
 async def test_the_openapi_page_helps_a_newcomer(start: Start) -> None:

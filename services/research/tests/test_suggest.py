@@ -6,7 +6,7 @@ from research.suggest import keywords, suggest, words
 
 
 def card(number: int, title: str, text: str = "", *tags: str) -> Card:
-    return Card(id=number, title=title, text=text, tags=list(tags))
+    return Card(id=number, title=title, content=text, tags=list(tags))
 
 
 def test_words_are_long_enough_and_telling() -> None:

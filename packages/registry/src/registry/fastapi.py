@@ -6,8 +6,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +20,7 @@ from registry.limits import SlowBodyMiddleware
 from registry.presence.drain import DrainOnSigterm
 from registry.presence.health import ROOT, Check, DegradedError, find_state, health_router
 from registry.presence.registrar import Registrar
+from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
 
 __all__ = [
@@ -28,9 +28,12 @@ __all__ = [
     "DegradedError",
     "DiscoveryClient",
     "RegistryMiddleware",
+    "add_problem_handlers",
+    "discovery_client",
     "health_router",
     "lifespan",
-    "refuse_invalid_request",
+    "problem",
+    "problem_responses",
 ]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
@@ -195,22 +198,16 @@ async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
     await app(scope, receive, send_signed)
 
 
-async def refuse_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
-    """FastAPI's 422 without the rejected value: ``app.exception_handler(RequestValidationError)(…)``.
+def discovery_client(connection: HTTPConnection) -> ServiceDiscoveryClient:
+    """What ``DiscoveryClient`` depends on. A test gives its own: ``app.dependency_overrides[discovery_client] = …``.
 
-    The value may be long, or impossible to represent as JSON (half a surrogate pair, NaN); FastAPI's own response would
-    then be a 500.
+    Raises: RuntimeError, when the app has no client.
     """
-    detail = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
-    return JSONResponse({"detail": detail}, 422)
-
-
-def _discovery_client(connection: HTTPConnection) -> ServiceDiscoveryClient:
     client: ServiceDiscoveryClient | None = find_state(connection.scope, "discovery_client")
     if client is None:
         raise RuntimeError("no discovery client: give the app lifespan=lifespan(settings), and start it")
     return client
 
 
-DiscoveryClient = Annotated[ServiceDiscoveryClient, Depends(_discovery_client)]
+DiscoveryClient = Annotated[ServiceDiscoveryClient, Depends(discovery_client)]
 """An endpoint's parameter type: the app's one client, as in ``async def route(client: DiscoveryClient)``."""

@@ -31,7 +31,17 @@ from registry import (
     StaticResolver,
     SyncDiscoveryTransport,
 )
-from registry.fastapi import Check, DiscoveryClient, RegistryMiddleware, health_router, lifespan
+from registry.fastapi import (
+    Check,
+    DiscoveryClient,
+    RegistryMiddleware,
+    add_problem_handlers,
+    discovery_client,
+    health_router,
+    lifespan,
+    problem,
+    problem_responses,
+)
 
 
 class Settings(ServiceSettings):
@@ -180,8 +190,11 @@ def service() -> FastAPI:
     app = FastAPI(lifespan=lifespan(Settings(), upstreams=["research-api"], consul=ConsulSettings(), inner=database))
     app.add_middleware(RegistryMiddleware)
     app.include_router(health_router(timeout=0.5, database=check))
+    add_problem_handlers(app)
+    app.exception_handler(ValueError)(lambda _, error: problem(400, str(error), {"Retry-After": "1"}, field="title"))
+    app.dependency_overrides[discovery_client] = ServiceDiscoveryClient
 
-    @app.get("/api/cards")
+    @app.get("/api/cards", responses=problem_responses({404: "No card has this id."}))
     async def cards(client: DiscoveryClient) -> object:
         assert_type(client, ServiceDiscoveryClient)
         return (await client.get("research-api", "/")).json()

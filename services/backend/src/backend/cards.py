@@ -3,8 +3,10 @@
 import hashlib
 import itertools
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
 
-from sqlalchemy import delete, func, select, update
+from pydantic_core import to_json
+from sqlalchemy import ColumnElement, Delete, Update, delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from backend.clients import Enrichment
@@ -14,14 +16,15 @@ from backend.schemas import (
     EXCERPT_LENGTH,
     CardDraft,
     CardExcerpt,
-    CardPage,
     CardPatch,
     CardView,
+    Page,
     PublishedCard,
     Suggestion,
 )
 
 _PAGE_BYTES = 2**18
+_BATCH = 500
 
 
 class CardNotFoundError(Exception):
@@ -42,16 +45,21 @@ class KeyReusedError(Exception):
 
 
 def _fingerprint(draft: CardDraft) -> str:
-    return hashlib.sha256(draft.model_dump_json().encode()).hexdigest()
+    # With the field names of the first release: a key that an instance of it took is known to this one.
+    return hashlib.sha256(to_json({"title": draft.title, "text": draft.content, "tags": draft.tags})).hexdigest()
 
 
-def _search_text(title: str, text: str, tags: list[str]) -> str:
-    return "\n".join([title, text, *tags]).casefold()
+def _search_text(title: str, content: str, tags: list[str]) -> str:
+    return "\n".join([title, content, *tags]).casefold()
+
+
+def _seconds_ago(seconds: float) -> datetime:
+    return utc_now() - timedelta(seconds=seconds)
 
 
 def _assign(card: Card, draft: CardDraft) -> None:
-    card.title, card.text, card.tags = draft.title, draft.text, draft.tags
-    card.search_text = _search_text(draft.title, draft.text, draft.tags)
+    card.title, card.content, card.tags = draft.title, draft.content, draft.tags
+    card.search_text = _search_text(draft.title, draft.content, draft.tags)
 
 
 def _news(enrichment: Enrichment, draft: CardDraft) -> list[Suggestion]:
@@ -76,7 +84,7 @@ class Cards:
         """
         if key is not None and (before := await self._published(key, draft)):
             return before, True
-        enrichment = await enrich(f"{draft.title}\n{draft.text}")
+        enrichment = await enrich(f"{draft.title}\n{draft.content}")
         async with self._database.writing() as session:
             now = utc_now()
             card = Card(created_at=now, updated_at=now)
@@ -100,6 +108,25 @@ class Cards:
                     raise
                 return before, True
         return published, False
+
+    async def forget_keys(self, age: float) -> None:
+        """Forget the keys that are older than ``age`` seconds, and what was answered to them; the cards stay.
+
+        A key without a time, stored by the release before, is as old as the first time that this meets it.
+        """
+        undated, expired = Publication.published_at.is_(None), Publication.published_at < _seconds_ago(age)
+        await self._in_batches(update(Publication).values(published_at=utc_now()), undated)
+        await self._in_batches(delete(Publication), expired)
+
+    async def _in_batches(self, change: Update | Delete, those: ColumnElement[bool]) -> None:
+        # Little by little: no request waits for long, and no statement takes longer than it may.
+        some = change.where(Publication.key.in_(select(Publication.key).where(those).limit(_BATCH)))
+        while True:
+            async with self._database.writing() as session:
+                changed = (await session.scalars(some.returning(Publication.key))).all()
+                await session.commit()
+            if len(changed) < _BATCH:
+                return
 
     async def _published(self, key: str, draft: CardDraft) -> PublishedCard | None:
         async with self._database.session() as session:
@@ -138,7 +165,7 @@ class Cards:
             ):
                 raise CardNotFoundError(card_id)
             card = await session.get_one(Card, card_id)
-            before = CardDraft.model_construct(title=card.title, text=card.text, tags=card.tags)
+            before = CardDraft.model_construct(title=card.title, content=card.content, tags=card.tags)
             whole = isinstance(change, CardDraft)
             _assign(card, before.model_copy(update=change.model_dump(exclude_unset=not whole)))
             await session.commit()
@@ -151,15 +178,15 @@ class Cards:
                 raise CardNotFoundError(card_id)
             await session.commit()
 
-    async def search(self, q: str, limit: int, offset: int) -> CardPage:
-        """Cards that contain ``q`` in title, text or a tag, ignoring case; newest first. Wildcards are plain text.
+    async def search(self, q: str, limit: int, offset: int) -> Page[CardExcerpt]:
+        """Cards that contain ``q`` in title, content or a tag, ignoring case; newest first. Wildcards are plain text.
 
-        Without their full texts, and so many that the page stays under 256 kB: it may be shorter than ``limit``.
+        Without their full contents, and so many that the page stays under 256 kB: it may be shorter than ``limit``.
         """
         matches = [Card.search_text.contains(q.casefold(), autoescape=True)] if q else []
         # Cut in the database: a hundred long cards need not come here to be shortened.
-        excerpt = func.substr(Card.text, 1, EXCERPT_LENGTH).label("text")
-        complete = (func.length(Card.text) <= EXCERPT_LENGTH).label("complete")
+        excerpt = func.substr(Card.content, 1, EXCERPT_LENGTH).label("content")
+        complete = (func.length(Card.content) <= EXCERPT_LENGTH).label("complete")
         columns = Card.id, Card.title, excerpt, complete, Card.tags, Card.created_at, Card.updated_at
         page = select(*columns).where(*matches).order_by(Card.id.desc()).limit(limit).offset(offset)
         async with self._database.session() as session:
@@ -168,7 +195,7 @@ class Cards:
             total = offset + len(cards)
             if len(cards) == limit or (offset and not cards):
                 total = await session.scalar(select(func.count()).select_from(Card).where(*matches)) or 0
-        return CardPage(items=_first(cards, _PAGE_BYTES), total=total, limit=limit, offset=offset)
+        return Page(items=_first(cards, _PAGE_BYTES), total=total, limit=limit, offset=offset)
 
 
 def _first(cards: list[CardExcerpt], limit: int) -> list[CardExcerpt]:

@@ -1,4 +1,8 @@
-"""The services that backend-api calls, by name."""
+"""The services that backend-api calls, by name.
+
+research-api calls back: publishing waits for its suggestions, and it searches the cards here for them. The circle has
+one turn, since a search calls nobody, and a bound: three attempts of five searches, in ``enrich_timeout`` together.
+"""
 
 import asyncio
 
@@ -39,7 +43,7 @@ class ResearchClient:
                 answer = await self._client.post(
                     "research-api",
                     "/api/enrich",
-                    json={"text": text, "limit": limit},
+                    json={"content": text, "limit": limit},
                     # It only reads, so it may be asked again; half the time leaves room for a second instance.
                     idempotent=True,
                     timeout=self._timeout / 2,

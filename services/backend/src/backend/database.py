@@ -7,12 +7,13 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
-from sqlalchemy import URL, func, make_url, select, text
+from sqlalchemy import URL, exists, func, make_url, select, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from backend.models import CREATE_SEARCH_INDEX, SEARCH_INDEX, Base, Card, Publication
+from backend.migrations import LOCK, migrate
+from backend.models import CREATE_SEARCH_INDEX, SEARCH_INDEX, Card, Publication
 from registry.fastapi import DegradedError
 
 _log = logging.getLogger("backend")
@@ -21,7 +22,6 @@ _ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncp
 _FAILURES = (DBAPIError, PoolTimeoutError, OSError)
 CONNECTIONS = 4
 """How many each process has at most, and one for its health. Postgres allows 97 in all by default: 19 processes."""
-_SETUP_LOCK = 0x63617264  # of no meaning: only replicas of this service ask for it
 
 
 class DatabaseUnavailableError(Exception):
@@ -35,10 +35,13 @@ def _complete(url: str, password: str | None) -> URL:
     return parsed.set(drivername=driver, password=password or parsed.password)
 
 
-def _lacks_tables(error: BaseException | None) -> bool:
+def _is_outdated(error: BaseException | None) -> bool:
+    """Whether a table or a column is missing."""
     cause = error.orig if isinstance(error, DBAPIError) else None
-    undefined_table = "42P01"  # Postgres, appendix A: error codes
-    return getattr(cause, "sqlstate", None) == undefined_table or "no such table" in str(cause)
+    missing = {"42P01", "42703"}  # Postgres, appendix A: undefined_table, undefined_column
+    return getattr(cause, "sqlstate", None) in missing or any(
+        words in str(cause) for words in ("no such table", "no such column", "has no column named")
+    )
 
 
 def _connect_args(url: URL, timeout: float) -> dict[str, Any]:
@@ -90,9 +93,9 @@ class Database:
         )
 
     async def prepare(self) -> None:
-        """Create what is missing, and open every connection: a new replica gets its full share of calls at once.
+        """Create or upgrade the tables, and open every connection: a new replica gets its full share of calls at once.
 
-        Tried again while the database starts, or while another replica creates the same.
+        Tried again while the database starts, or while another replica upgrades the same.
 
         Raises: DatabaseUnavailableError, when it still fails after ``start_seconds``.
         """
@@ -100,7 +103,7 @@ class Database:
         delay = 0.05
         while True:
             try:
-                await self._create_tables()
+                await self._upgrade_tables()
                 return await self._connect()
             except _FAILURES as error:
                 if asyncio.get_running_loop().time() + delay > deadline:
@@ -109,27 +112,15 @@ class Database:
             await asyncio.sleep(delay)
             delay = min(delay * 2, 1.0)
 
-    async def _create_tables(self) -> None:
-        if self._own.dialect.name == "sqlite":
-            # Readers no longer wait for the writer. The file remembers it, but no transaction may be open.
-            async with self._own.connect() as connection:
-                await connection.execution_options(isolation_level="AUTOCOMMIT")
-                await connection.execute(text("PRAGMA journal_mode=WAL"))
-        async with self._setting_up() as connection:
-            await connection.run_sync(Base.metadata.create_all)
+    async def _upgrade_tables(self) -> None:
+        await migrate(self._own)
         if self._own.dialect.name == "postgresql":
             await self._create_search_index()
 
-    @asynccontextmanager
-    async def _setting_up(self) -> AsyncIterator[AsyncConnection]:
-        async with self._own.begin() as connection:
-            if self._own.dialect.name == "postgresql":
-                await connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))  # one replica at a time
-            yield connection
-
     async def _create_search_index(self) -> None:
         try:
-            async with self._setting_up() as connection:
+            async with self._own.begin() as connection:
+                await connection.execute(select(func.pg_advisory_xact_lock(LOCK)))  # one replica at a time
                 if await connection.scalar(select(func.to_regclass(SEARCH_INDEX))) is None:
                     for statement in CREATE_SEARCH_INDEX:
                         await connection.execute(text(statement))
@@ -144,12 +135,12 @@ class Database:
 
     async def ping(self) -> None:
         """Health check, on a connection of its own: reads the tables, because a plain SELECT 1 does not even look at
-        a SQLite file. Creates them when they are gone: somebody has replaced the database by an empty one.
+        a SQLite file. Upgrades them when they are gone or old: somebody has replaced the database by another one.
 
         Raises: DatabaseUnavailableError. DegradedError, when it can be read, but the last write failed.
         """
         try:
-            await self._read_or_create_tables()
+            await self._read_or_upgrade_tables()
         except (DatabaseUnavailableError, asyncio.CancelledError):  # cancelled: whoever asked has waited long enough
             self._was_away = True
             raise
@@ -160,18 +151,19 @@ class Database:
         if self._last_write_failed:
             raise DegradedError("the last write failed")
 
-    async def _read_or_create_tables(self) -> None:
+    async def _read_or_upgrade_tables(self) -> None:
         try:
             await self._read_tables()
         except DatabaseUnavailableError as error:
-            if not _lacks_tables(error.__cause__):
+            if not _is_outdated(error.__cause__):
                 raise
-            _log.warning("the tables are gone, creating them", extra={"error": str(error.__cause__)})
+            _log.warning("tables are missing or old, upgrading", extra={"error": str(error.__cause__)})
             async with self._in_time():
-                await self._create_tables()
+                await self._upgrade_tables()
+            await self._read_tables()
 
     async def _read_tables(self) -> None:
-        tables = (select(column).limit(1).scalar_subquery() for column in (Card.id, Publication.key))
+        tables = (exists(select(table)) for table in (Card, Publication))  # names every column, and fetches none
         async with self._in_time(), self._own.connect() as connection:
             await connection.execute(select(*tables))
 
@@ -212,7 +204,7 @@ class Database:
         except (IntegrityError, DataError):  # the database answered: it is there
             raise
         except _FAILURES as error:
-            if isinstance(error, ProgrammingError) and not _lacks_tables(error):
+            if isinstance(error, ProgrammingError) and not _is_outdated(error):
                 raise
             raise DatabaseUnavailableError("The database can't be reached: try again in a moment") from error
 

@@ -5,8 +5,9 @@ from fastapi import FastAPI
 from backend import clients, routes
 from backend.database import Database
 from backend.errors import add_error_handlers
+from backend.lifespan import keep
 from backend.settings import Settings
-from registry.fastapi import RegistryMiddleware, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -15,11 +16,12 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB
-        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=database.lifespan),
+        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=keep(database, settings.key_age)),
     )
     app.state.settings = settings
     app.state.database = database
     app.add_middleware(RegistryMiddleware)
+    add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router(database=database.ping))
     app.include_router(routes.router)

@@ -26,10 +26,10 @@ class Card(Base):
 
     id: Mapped[int] = mapped_column(_BigId, primary_key=True)
     title: Mapped[str] = mapped_column(Text)
-    text: Mapped[str] = mapped_column(Text)
+    content: Mapped[str] = mapped_column(Text)
     tags: Mapped[list[str]] = mapped_column(JSON)
     search_text: Mapped[str] = mapped_column(Text)
-    """Title, text and tags, case-folded: LIKE ignores case in SQLite for ASCII only, and in Postgres never."""
+    """Title, content and tags, case-folded: LIKE ignores case in SQLite for ASCII only, and in Postgres never."""
     created_at: Mapped[datetime] = mapped_column(DateTime, default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(DateTime, default=utc_now, onupdate=utc_now)
 
@@ -43,7 +43,7 @@ CREATE_SEARCH_INDEX = (
 
 
 class Publication(Base):
-    """The answer to a publish request that carried an Idempotency-Key; it outlives the card.
+    """The answer to a publish request that carried an Idempotency-Key; it outlives the card, and goes by its age.
 
     The primary key is what makes two racing requests on two replicas end in one card.
     """
@@ -54,3 +54,5 @@ class Publication(Base):
     fingerprint: Mapped[str] = mapped_column(String(64))
     """SHA-256 of the request body."""
     answer: Mapped[dict[str, object]] = mapped_column(JSON)
+    published_at: Mapped[datetime | None] = mapped_column(DateTime, default=utc_now)
+    """None: stored by the release before, which knows no such column."""

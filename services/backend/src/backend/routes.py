@@ -1,31 +1,22 @@
 """The HTTP side of cards: what comes in, which status goes out."""
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Response
 
-from backend.cards import CardNotFoundError, Cards, KeyReusedError
-from backend.clients import Enrichment, ResearchClient, ResearchUnavailableError
-from backend.schemas import CardDraft, CardPage, CardPatch, CardView, Problem, PublishedCard, SearchText
-from registry.fastapi import DiscoveryClient
+from backend.clients import Enrichment, ResearchUnavailableError
+from backend.dependencies import CardsDependency, ResearchDependency
+from backend.schemas import CardDraft, CardExcerpt, CardPatch, CardView, Page, PublishedCard, SearchText
+from registry.fastapi import problem_responses
 
 _log = logging.getLogger("backend")
-router = APIRouter(prefix="/api", responses={503: {"model": Problem, "description": "The database is away."}})
-_MISSING: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "No card has this id."}}
+_PROBLEMS = problem_responses({422: "The request is not valid.", 503: "The database is away."})
+router = APIRouter(prefix="/api", responses=_PROBLEMS)
+_MISSING = problem_responses({404: "No card has this id."})
 _BIGGEST_ID = 2**63 - 1  # of a BIGINT column
 
 
-async def _cards(request: Request) -> Cards:
-    return Cards(request.app.state.database)
-
-
-async def _research(request: Request, client: DiscoveryClient) -> ResearchClient:
-    return ResearchClient(client, request.app.state.settings.enrich_timeout)
-
-
-CardsDependency = Annotated[Cards, Depends(_cards)]
-Research = Annotated[ResearchClient, Depends(_research)]
 CardId = Annotated[int, Path(ge=1, le=_BIGGEST_ID, examples=[1])]
 IdempotencyKey = Annotated[
     str | None,
@@ -58,7 +49,7 @@ IdempotencyKey = Annotated[
 async def publish(
     draft: CardDraft,
     cards: CardsDependency,
-    research: Research,
+    research: ResearchDependency,
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> PublishedCard:
@@ -76,12 +67,7 @@ async def publish(
             _log.warning("published without suggestions", extra={"error": str(error)})
             return None
 
-    try:
-        card, replayed = await cards.publish(draft, idempotency_key, enrich)
-    except KeyReusedError as error:
-        # The shape of every other 422, so that callers read one.
-        problem = {"type": "idempotency_key_reused", "loc": ["header", "idempotency-key"], "msg": str(error)}
-        raise HTTPException(422, [problem]) from error
+    card, replayed = await cards.publish(draft, idempotency_key, enrich)
     response.headers["Location"] = f"/api/cards/{card.id}"
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
@@ -94,13 +80,13 @@ async def search_cards(
     q: Annotated[
         SearchText,
         Query(
-            description="Text to find in title, text or a tag, ignoring case; empty: every card.",
+            description="Text to find in title, content or a tag, ignoring case; empty: every card.",
             examples=["consul"],
         ),
     ] = "",
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     offset: Annotated[int, Query(ge=0, le=_BIGGEST_ID)] = 0,
-) -> CardPage:
+) -> Page[CardExcerpt]:
     """Find cards, newest first. `%`, `_` and `*` mean themselves."""
     return await cards.search(q, limit, offset)
 
@@ -108,34 +94,22 @@ async def search_cards(
 @router.get("/cards/{card_id}", tags=["cards"], responses=_MISSING)
 async def read_card(card_id: CardId, cards: CardsDependency) -> CardView:
     """Read one card."""
-    try:
-        return await cards.read(card_id)
-    except CardNotFoundError as error:
-        raise HTTPException(404, str(error)) from error
+    return await cards.read(card_id)
 
 
 @router.put("/cards/{card_id}", tags=["cards"], responses=_MISSING)
 async def replace_card(card_id: CardId, draft: CardDraft, cards: CardsDependency) -> CardView:
     """Replace a whole card. A card that does not exist is not created: publish it."""
-    try:
-        return await cards.replace(card_id, draft)
-    except CardNotFoundError as error:
-        raise HTTPException(404, str(error)) from error
+    return await cards.replace(card_id, draft)
 
 
 @router.patch("/cards/{card_id}", tags=["cards"], responses=_MISSING)
 async def change_card(card_id: CardId, patch: CardPatch, cards: CardsDependency) -> CardView:
     """Change the fields that are sent; the others stay."""
-    try:
-        return await cards.change(card_id, patch)
-    except CardNotFoundError as error:
-        raise HTTPException(404, str(error)) from error
+    return await cards.change(card_id, patch)
 
 
 @router.delete("/cards/{card_id}", status_code=204, tags=["cards"], responses=_MISSING)
 async def delete_card(card_id: CardId, cards: CardsDependency) -> None:
     """Delete a card. Its id is never given again."""
-    try:
-        await cards.delete(card_id)
-    except CardNotFoundError as error:
-        raise HTTPException(404, str(error)) from error
+    await cards.delete(card_id)

@@ -1,9 +1,13 @@
-"""What goes over the wire, with the examples that the OpenAPI page shows."""
+"""What goes over the wire, with the examples that the OpenAPI page shows.
+
+How it may change: callers get new fields and may leave out new parameters at any time. A field that gets another name
+is taken and shown under both for one release, because during a roll callers and instances of both talk to each other.
+"""
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, computed_field
 
 
 def _storable(value: str) -> str:
@@ -31,11 +35,12 @@ _Title = Annotated[
     AfterValidator(_storable),
     Field(examples=["Service discovery with Consul"]),
 ]
-_Text = Annotated[
+_EXAMPLE = "Services register themselves with Consul and call each other by name."
+_Content = Annotated[
     str,
     StringConstraints(max_length=100_000),
     AfterValidator(_storable),
-    Field(examples=["Services register themselves with Consul and call each other by name."]),
+    Field(validation_alias=AliasChoices("content", "text"), examples=[_EXAMPLE]),  # text: until the next release
 ]
 _Tag = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=50), AfterValidator(_storable)]
 _Tags = Annotated[list[_Tag], Field(max_length=20, examples=[["consul", "discovery"]]), AfterValidator(_distinct)]
@@ -47,7 +52,7 @@ class CardDraft(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     title: _Title
-    text: _Text
+    content: _Content
     tags: _Tags = Field(default_factory=list)
 
 
@@ -59,7 +64,7 @@ class CardPatch(BaseModel):
     # The defaults are never used (only fields that were sent are applied); they make a field optional without
     # making it nullable.
     title: _Title = Field(default_factory=str)
-    text: _Text = Field(default_factory=str)
+    content: _Content = Field(default_factory=str)
     tags: _Tags = Field(default_factory=list)
 
 
@@ -70,10 +75,15 @@ class CardView(BaseModel):
 
     id: int = Field(examples=[1])
     title: str = Field(examples=["Service discovery with Consul"])
-    text: str = Field(examples=["Services register themselves with Consul and call each other by name."])
+    content: Annotated[str, Field(validation_alias=AliasChoices("content", "text"), examples=[_EXAMPLE])]
     tags: list[str] = Field(examples=[["consul", "discovery"]])
     created_at: _Time
     updated_at: _Time
+
+    @computed_field(examples=[_EXAMPLE], json_schema_extra={"deprecated": True})
+    def text(self) -> str:
+        """The old name of `content`; the next release drops it."""
+        return self.content
 
 
 EXCERPT_LENGTH = 500
@@ -81,22 +91,22 @@ EXCERPT_LENGTH = 500
 
 
 class CardExcerpt(CardView):
-    """A stored card as a page shows it: with the beginning of its text."""
+    """A stored card as a page shows it: with the beginning of its content."""
 
-    text: str = Field(
-        description="The first 500 characters.",
-        examples=["Services register themselves with Consul and call each other by name."],
-    )
-    complete: bool = Field(description="False: the text goes on; read the card by its id.", examples=[True])
+    content: str = Field(description="The first 500 characters.", examples=[_EXAMPLE])
+    complete: bool = Field(description="False: the content goes on; read the card by its id.", examples=[True])
 
 
-class CardPage(BaseModel):
-    """One page of cards, newest first."""
+Item = TypeVar("Item")
 
-    items: list[CardExcerpt] = Field(
+
+class Page(BaseModel, Generic[Item]):
+    """One page of a list."""
+
+    items: list[Item] = Field(
         description="At most `limit`, and as many as go into 256 kB: the next page begins at `offset` + their number."
     )
-    total: int = Field(description="Cards that match, on all pages.", examples=[1])
+    total: int = Field(description="Items that match, on all pages.", examples=[1])
     limit: int = Field(examples=[20])
     offset: int = Field(examples=[0])
 
@@ -118,9 +128,3 @@ class PublishedCard(CardView):
         description="False: research-api gave no complete answer in time, so there may be more suggestions.",
         examples=[True],
     )
-
-
-class Problem(BaseModel):
-    """What went wrong, in a sentence."""
-
-    detail: str = Field(examples=["Card 7 does not exist"])

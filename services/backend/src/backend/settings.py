@@ -18,3 +18,5 @@ class Settings(ServiceSettings):
     """Seconds that a session may take before it is a 503: connecting and its statements together."""
     enrich_timeout: float = Field(default=2.0, gt=0)
     """Seconds that publishing waits for suggestions before it goes on without them."""
+    key_age: float = Field(default=604_800.0, gt=0)
+    """Seconds after which an Idempotency-Key is forgotten; until then it publishes one card. A week."""

@@ -2,13 +2,10 @@
 
 import httpx
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 
 from orchestrator.clients import UpstreamError, read_header
 from orchestrator.registry import RegistryError, RegistryUnavailableError, ServiceNotFoundError
-from orchestrator.schemas import Problem
-from registry.fastapi import refuse_invalid_request
+from registry.fastapi import problem
 
 
 def status_and_words(error: UpstreamError) -> tuple[int, str]:
@@ -56,16 +53,15 @@ async def _upstream_failed(_: Request, error: UpstreamError) -> Response:
     status, words = status_and_words(error)
     if status == 503:
         headers.setdefault("Retry-After", "1")
-    return JSONResponse(Problem(detail=words, service=error.service).model_dump(), status, headers)
+    return problem(status, words, headers, service=error.service)
 
 
 async def _registry_failed(_: Request, error: RegistryError) -> Response:
     words = "Consul can't be asked" if isinstance(error, RegistryUnavailableError) else f"Consul refused: {error}"
-    return JSONResponse(Problem(detail=words).model_dump(), 503, {"Retry-After": "1"})
+    return problem(503, words, {"Retry-After": "1"})
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer refused input with 422, and what fails behind the front door as ``status_and_words`` says."""
+    """Answer what fails behind the front door as ``status_and_words`` says."""
     app.exception_handler(UpstreamError)(_upstream_failed)
     app.exception_handler(RegistryError)(_registry_failed)
-    app.exception_handler(RequestValidationError)(refuse_invalid_request)

@@ -9,7 +9,7 @@ from orchestrator import clients, routes
 from orchestrator.errors import add_error_handlers
 from orchestrator.registry import ConsulSettings, ServiceRegistry
 from orchestrator.settings import Settings
-from registry.fastapi import RegistryMiddleware, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 
 
 @asynccontextmanager
@@ -28,6 +28,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.add_middleware(RegistryMiddleware, trust_caller=False)
+    add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router())
     app.include_router(routes.router)

@@ -4,49 +4,34 @@ import uuid
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request, Response
+from fastapi import APIRouter, Header, HTTPException, Path, Response
 
-from orchestrator.clients import Answer, BackendClient, ResearchClient
+from orchestrator.clients import Answer
+from orchestrator.dependencies import BackendDependency, RegistryDependency, ResearchDependency, SettingsDependency
 from orchestrator.health import report_health, report_service
-from orchestrator.registry import ServiceRegistry
 from orchestrator.schemas import (
     Enrichment,
     EnrichRequest,
     HealthReport,
-    Problem,
     PublishedCard,
     PublishRequest,
     Topology,
     UpstreamHealth,
 )
 from orchestrator.topology import read_topology
-from registry.fastapi import DiscoveryClient
+from registry.fastapi import DiscoveryClient, problem_responses
 
-router = APIRouter(prefix="/api")
+router = APIRouter(prefix="/api", responses=problem_responses({422: "The request is not valid."}))
 _ANSWERED_BY: dict[str, Any] = {
     "X-Upstream-Instance": {"description": "The instance that answered.", "schema": {"type": "string"}}
 }
-_UPSTREAM: dict[int | str, dict[str, Any]] = {
-    502: {"model": Problem, "description": "The upstream broke the connection, or answered with nonsense or a 5xx."},
-    503: {"model": Problem, "description": "No healthy instance of the upstream, or Consul is away."},
-    504: {"model": Problem, "description": "The upstream did not answer in time."},
-}
-
-
-async def _backend(request: Request, client: DiscoveryClient) -> BackendClient:
-    return BackendClient(client, request.app.state.settings.upstream_timeout)
-
-
-async def _research(request: Request, client: DiscoveryClient) -> ResearchClient:
-    return ResearchClient(client, request.app.state.settings.upstream_timeout)
-
-
-async def _registry(request: Request) -> ServiceRegistry:
-    registry: ServiceRegistry = request.app.state.service_registry
-    return registry
-
-
-Registry = Annotated[ServiceRegistry, Depends(_registry)]
+_UPSTREAM = problem_responses(
+    {
+        502: "The upstream broke the connection, or answered with nonsense or a 5xx.",
+        503: "No healthy instance of the upstream, or Consul is away.",
+        504: "The upstream did not answer in time.",
+    }
+)
 
 
 def _show_who_answered(response: Response, answer: Answer[Any]) -> None:
@@ -55,9 +40,7 @@ def _show_who_answered(response: Response, answer: Answer[Any]) -> None:
 
 
 @router.post("/enrich", tags=["front door"], responses={200: {"headers": _ANSWERED_BY}, **_UPSTREAM})
-async def enrich(
-    wanted: EnrichRequest, research: Annotated[ResearchClient, Depends(_research)], response: Response
-) -> Enrichment:
+async def enrich(wanted: EnrichRequest, research: ResearchDependency, response: Response) -> Enrichment:
     """Suggest tags and related cards for a text: research-api answers."""
     answer = await research.enrich(wanted)
     _show_who_answered(response, answer)
@@ -67,7 +50,7 @@ async def enrich(
 @router.post("/publish", status_code=201, tags=["front door"], responses={201: {"headers": _ANSWERED_BY}, **_UPSTREAM})
 async def publish(
     draft: PublishRequest,
-    backend: Annotated[BackendClient, Depends(_backend)],
+    backend: BackendDependency,
     response: Response,
     idempotency_key: Annotated[
         str | None,
@@ -91,10 +74,8 @@ async def publish(
     return answer.body
 
 
-@router.get(
-    "/topology", tags=["overview"], responses={503: {"model": Problem, "description": "Consul can't be asked."}}
-)
-async def topology(registry: Registry) -> Topology:
+@router.get("/topology", tags=["overview"], responses=problem_responses({503: "Consul can't be asked."}))
+async def topology(registry: RegistryDependency) -> Topology:
     """Every service that is registered, and its instances with their health, as Consul has it now."""
     return await anyio.to_thread.run_sync(read_topology, registry)
 
@@ -105,10 +86,10 @@ async def topology(registry: Registry) -> Topology:
     responses={503: {"model": HealthReport, "description": "An upstream does not work; the body says which."}},
 )
 async def upstream_health(
-    request: Request, client: DiscoveryClient, registry: Registry, response: Response
+    settings: SettingsDependency, client: DiscoveryClient, registry: RegistryDependency, response: Response
 ) -> HealthReport:
     """How the services behind the front door are, in words. The front door's own health is at `/health`."""
-    report = await report_health(client, registry, request.app.state.settings.health_timeout)
+    report = await report_health(client, registry, settings.health_timeout)
     if report.status == "unhealthy":
         response.status_code = 503
     return report
@@ -118,22 +99,22 @@ async def upstream_health(
     "/health/{service}",
     tags=["overview"],
     responses={
-        404: {"model": Problem, "description": "Nobody has registered that name."},
+        **problem_responses({404: "Nobody has registered that name."}),
         503: {"model": UpstreamHealth, "description": "It does not work; the body says why."},
     },
 )
 async def service_health(
     service: Annotated[str, Path(max_length=63, examples=["backend-api"])],
-    request: Request,
+    settings: SettingsDependency,
     client: DiscoveryClient,
-    registry: Registry,
+    registry: RegistryDependency,
     response: Response,
 ) -> UpstreamHealth:
     """How any registered service is: what a call by name meets, and what Consul's checks say."""
     # Asked first, because the client goes on watching every name that it has once called.
     if service not in await anyio.to_thread.run_sync(registry.discover_all_services):
         raise HTTPException(404, f"Nobody has registered {service!r}")
-    report = await report_service(client, registry, service, request.app.state.settings.health_timeout)
+    report = await report_service(client, registry, service, settings.health_timeout)
     if report.status == "unhealthy":
         response.status_code = 503
     return report

@@ -5,7 +5,7 @@ What comes from an upstream is passed on whole: a field that it adds tomorrow ne
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
 
 def _unicode(value: str) -> str:
@@ -19,10 +19,14 @@ def _unicode(value: str) -> str:
 # Generous ceilings, so that nothing is passed on that could not be right; the upstream has the last word.
 _Title = Annotated[str, Field(max_length=1_000, examples=["Service discovery with Consul"]), AfterValidator(_unicode)]
 _Tag = Annotated[str, Field(max_length=200), AfterValidator(_unicode)]
-_Text = Annotated[
+_Content = Annotated[
     str,
     AfterValidator(_unicode),
-    Field(max_length=110_000, examples=["Services register themselves with Consul and call each other by name."]),
+    Field(
+        validation_alias=AliasChoices("content", "text"),  # text: until the next release
+        max_length=110_000,
+        examples=["Services register themselves with Consul and call each other by name."],
+    ),
 ]
 
 
@@ -31,7 +35,7 @@ class EnrichRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    text: _Text
+    content: _Content
     limit: int | None = Field(default=None, description="At most so many tags, and so many cards.", examples=[5])
 
 
@@ -52,7 +56,7 @@ class PublishRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     title: _Title
-    text: _Text
+    content: _Content
     tags: list[_Tag] = Field(default_factory=list, max_length=100, examples=[["consul", "discovery"]])
 
 
@@ -63,7 +67,7 @@ class PublishedCard(BaseModel):
 
     id: int = Field(examples=[1])
     title: str = Field(examples=["Service discovery with Consul"])
-    text: str = Field(examples=["Services register themselves with Consul and call each other by name."])
+    content: str = Field(examples=["Services register themselves with Consul and call each other by name."])
     tags: list[str] = Field(examples=[["consul", "discovery"]])
     suggestions: list[dict[str, Any]] = Field(
         examples=[[{"kind": "tag", "value": "consul", "score": 3, "card_id": None}]]
@@ -113,10 +117,3 @@ class HealthReport(BaseModel):
     status: Status
     words: str = Field(examples=["Everything works"])
     services: list[UpstreamHealth]
-
-
-class Problem(BaseModel):
-    """What went wrong, in a sentence, and in which service."""
-
-    detail: str = Field(examples=["backend-api has no healthy instance: try again in a moment"])
-    service: str | None = Field(default=None, examples=["backend-api"])

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 
 class EnrichRequest(BaseModel):
@@ -10,9 +10,10 @@ class EnrichRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    text: Annotated[
+    content: Annotated[
         str,
         Field(
+            validation_alias=AliasChoices("content", "text"),  # text: until the next release
             max_length=110_000,
             examples=["Services register themselves with Consul and call each other by name."],
         ),

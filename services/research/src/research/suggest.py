@@ -36,7 +36,7 @@ def suggest(text: str, cards: Iterable[Card], limit: int) -> list[Suggestion]:
     tags: Counter[str] = Counter()
     related: list[Suggestion] = []
     for card in {card.id: card for card in cards}.values():
-        score = len(wanted.intersection(words(" ".join([card.title, card.text, *card.tags]))))
+        score = len(wanted.intersection(words(" ".join([card.title, card.content, *card.tags]))))
         if score:
             related.append(Suggestion(kind="card", value=card.title, score=score, card_id=card.id))
             tags.update(dict.fromkeys(card.tags, score))

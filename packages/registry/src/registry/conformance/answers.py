@@ -75,11 +75,12 @@ def health(subject: Subject) -> str:
 
 
 def components(answer: httpx.Response) -> dict[str, str]:
-    """Each component's status, from a health body. Raises: Shortfall, when it has none."""
+    """Each component's status, from a health body; who is healthy need not name any. Raises: Shortfall."""
     body: Any = None
     with suppress(ValueError):
         body = answer.json()
-    if isinstance(body, dict) and isinstance(found := body.get("components"), dict):
+    unnamed: dict[str, Any] | None = {} if isinstance(body, dict) and body.get("status") == "healthy" else None
+    if isinstance(body, dict) and isinstance(found := body.get("components", unnamed), dict):
         states = {str(name): str(state.get("status")) for name, state in found.items() if isinstance(state, dict)}
         if len(states) == len(found) and set(states.values()) <= {"healthy", "unhealthy"}:
             return states

@@ -34,11 +34,11 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
     """A router with ``GET /health``: 200 when every named check returns within ``timeout`` seconds, else 503. A check
     that raises DegradedError is told as ``degraded``, with 200.
 
-    The body is the same: ``{"status": "healthy", "components": {"database": {"status": "healthy"}}}``. Checks run side
-    by side. Asked for ``?instance=<id>`` of another instance, or of its own once that was withdrawn, it answers 404, so
-    that nobody keeps a ghost registered. Consul reads the status code only. An instance that was told to stop answers
-    503, ``{"status": "leaving", "components": {}}``, while it serves on, so that a load balancer with checks of its own
-    takes it out meanwhile.
+    The body is the same: ``{"status": "healthy", "components": {"database": {"status": "healthy"}}}``; with no checks
+    ``{"status": "healthy"}``. Checks run side by side. Asked for ``?instance=<id>`` of another instance, or of its own
+    once that was withdrawn, it answers 404, so that nobody keeps a ghost registered. Consul reads the status code only.
+    An instance that was told to stop answers 503, ``{"status": "leaving"}``, while it serves on, so that a load
+    balancer with checks of its own takes it out meanwhile.
 
     Raises: TypeError, when a check is not an async function.
     """
@@ -62,12 +62,12 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
             own = f"this is {registrar.instance_id}{', and it is leaving' if registrar.withdrawn else ''}"
             return JSONResponse({"detail": own}, status_code=404)
         if registrar is not None and registrar.withdrawn:
-            return JSONResponse({"status": "leaving", "components": {}}, status_code=503)
+            return JSONResponse({"status": "leaving"}, status_code=503)
         states = await asyncio.gather(*(_state(name, check, timeout) for name, check in checks.items()))
         components = dict(zip(checks, states, strict=True))
         statuses = {state["status"] for state in states}
         worst = next((status for status in ("unhealthy", "degraded") if status in statuses), "healthy")
-        body = {"status": worst, "components": components}
+        body = {"status": worst} | ({"components": components} if components else {})
         return JSONResponse(body, status_code=503 if worst == "unhealthy" else 200)
 
     return router
