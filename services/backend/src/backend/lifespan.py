@@ -18,7 +18,7 @@ Lifespan: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def keep(database: Database, key_age: float, every: float = _HOUR) -> Lifespan:
-    """Keeps the tables up to date, and forgets keys older than ``key_age`` seconds, at least ``every`` so many seconds."""
+    """Keeps the tables up to date, and forgets keys older than ``key_age``, at least ``every`` so many seconds."""
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
