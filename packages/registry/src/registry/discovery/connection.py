@@ -5,6 +5,7 @@ import select
 import ssl
 import time
 from collections.abc import Callable
+from typing import cast
 
 import httpx
 
@@ -158,8 +159,7 @@ class Connection(asyncio.Protocol):
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own type is none of asyncio's
         self._poll.register(transport.get_extra_info("socket"), _READABLE)
 
     def data_received(self, data: bytes) -> None:

@@ -6,6 +6,7 @@ import socket
 import ssl
 import time
 from collections import deque
+from functools import partial
 from typing import NamedTuple
 
 import httpx
@@ -111,12 +112,11 @@ class Connections:
             self._loop.call_soon(self._next_turn)  # There may be room for one more, unless this one finds a shortage.
         try:
             async with asyncio.timeout(limit) as scope:
-                await self._loop.create_connection(
-                    lambda: connection,
-                    origin.host,
-                    origin.port,
-                    happy_eyeballs_delay=None if _is_address(origin.host) else _HAPPY_EYEBALLS,
-                )
+                connect = self._loop.create_connection
+                # uvloop does not know the delay, and tries one address of a name after the other.
+                if isinstance(self._loop, asyncio.BaseEventLoop) and not _is_address(origin.host):
+                    connect = partial(connect, happy_eyeballs_delay=_HAPPY_EYEBALLS)
+                await connect(lambda: connection, origin.host, origin.port)
                 connected = True
                 if origin.scheme == "https":
                     await connection.secure(self._context(), origin.host)
