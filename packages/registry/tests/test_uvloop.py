@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import uvloop
-from tests.support.server import Answer, Serve
 
 from registry import ServiceDiscoveryClient, StaticResolver
+from tests.support.server import Answer, Serve
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
