@@ -104,3 +104,10 @@ def test_issue_forms_ask_something(path: Path) -> None:
     fields = [field for field in form["body"] if field["type"] != "markdown"]
     assert len({field["id"] for field in fields}) == len(fields)
     assert any(field.get("validations", {}).get("required") for field in fields)
+
+
+def test_modules_are_read_in_one_sitting() -> None:
+    """No module of the package or of a service has more than 250 lines."""
+    modules = [*ROOT.glob("packages/*/src/**/*.py"), *ROOT.glob("services/*/src/**/*.py")]
+    sizes = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in modules}
+    assert {name: lines for name, lines in sizes.items() if lines > 250} == {}

@@ -43,11 +43,7 @@ class Registrar:
     """
 
     def __init__(
-        self,
-        service: ServiceSettings,
-        consul: ConsulSettings | None = None,
-        *,
-        about: Mapping[str, str] | None = None,
+        self, service: ServiceSettings, consul: ConsulSettings | None = None, *, about: Mapping[str, str] | None = None
     ) -> None:
         self._service = service
         self._about = check_meta(dict(about or {}))
