@@ -59,7 +59,7 @@ def test_the_wheel_has_every_file_and_no_other(wheel: zipfile.ZipFile) -> None:
     inside = {name for name in names if not name.startswith(info)}
     assert inside == sources()
     assert inside >= {"registry/py.typed"} | {
-        f"registry/testing/build/{name}" for name in ("go.mod", "go.sum", "tools.go")
+        f"registry/testing/build/{name}" for name in ("go.mod", "go.sum", "go.txt", "tools.go")
     }
     assert {name.removeprefix(info) for name in names - inside} == {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
     for name in inside:

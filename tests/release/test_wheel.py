@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -112,12 +111,6 @@ def test_it_brings_what_it_declares_and_nothing_else(bare: Path, extra: Path) ->
         assert found == {name: locked.get(name) for name in found}
     assert not installed(bare).keys() & {"pytest", "psutil", "uvicorn", "backend-api", "orchestrator-api"}
     assert installed(extra).keys() >= {"pytest", "psutil", "uvicorn"}
-
-
-def test_it_holds_what_a_consul_is_built_from(wheel: Path) -> None:
-    """The recipe and the hashes that fix it are in the wheel, where there is no repository to look in."""
-    recipe = {name.rpartition("/testing/build/")[2] for name in zipfile.ZipFile(wheel).namelist()}
-    assert recipe >= {"go.mod", "go.sum", "go.txt", "tools.go"}
 
 
 def test_every_module_can_be_imported_or_names_the_extra(bare: Path, extra: Path, tmp_path: Path) -> None:
