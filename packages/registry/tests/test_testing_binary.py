@@ -53,7 +53,7 @@ def executable(path: Path, script: str = "") -> Path:
 
 
 def archive_of(name: str) -> bytes:
-    """A release's archive, with a licence beside the binary, as the real ones have it."""
+    """A release's archive, with a license beside the binary, as the real ones have it."""
     with zipfile.ZipFile(buffer := io.BytesIO(), "w") as zipped:
         zipped.writestr("LICENSE.txt", "of a business source")
         zipped.writestr(name, "released")
