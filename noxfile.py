@@ -64,6 +64,13 @@ def httpx2(session: nox.Session) -> None:
 
 
 @nox.session
+def consul(session: nox.Session) -> None:
+    """Run the package's tests that talk to Consul over several versions of it; `-- 1.20.6` chooses."""
+    install(session)
+    session.run("python", "-m", "tools.consul", *session.posargs)
+
+
+@nox.session
 def e2e(session: nox.Session) -> None:
     """Play the scenes of scaling and failover on containers, in ten minutes; arguments go to pytest."""
     install(session)

@@ -14,6 +14,7 @@ from pydantic import AliasChoices
 import registry
 import registry.environment
 import registry.fastapi
+import registry.testing.archive
 import registry.testing.binary
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
 from registry.conformance import PROMISES
@@ -98,7 +99,8 @@ def test_service_variables_are_documented() -> None:
 
 def test_consul_variables_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every CONSUL_* variable that the package reads stands in the table, and no other; the defaults are right."""
-    sources = inspect.getsource(registry.environment) + inspect.getsource(registry.testing.binary)
+    modules = (registry.environment, registry.testing.archive, registry.testing.binary)
+    sources = "".join(inspect.getsource(module) for module in modules)
     documented = {name: row for name, row in documented_variables().items() if name.startswith("CONSUL_")}
     assert documented.keys() == set(re.findall(r'"(CONSUL_\w+)"', sources))
     for variable in documented:

@@ -1,4 +1,4 @@
-"""The agent that tests and the demo run on: where it comes from, what it can suffer, that nothing stays."""
+"""The agent that tests and the demo run on: what it can suffer, that nothing stays."""
 
 import os
 import signal
@@ -8,15 +8,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from registry.testing import binary
-from registry.testing.agent import ConsulNotFoundError, ConsulStartError, find_consul, running_agent
+from registry.testing.agent import ConsulStartError, running_agent
 from registry.testing.fixtures import ConsulAgent
 
 
@@ -34,91 +32,6 @@ def executable(path: Path, script: str = "") -> Path:
     path.write_text(f"#!{sys.executable}\n{script}")
     path.chmod(0o755)
     return path
-
-
-@pytest.fixture
-def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without Consul, Go or cache; whatever a test puts into `bin` of this directory is on PATH."""
-    monkeypatch.delenv("CONSUL_BIN", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def test_variable_beats_path_beats_cache(bare_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """$CONSUL_BIN wins over `consul` on PATH, and that over the cached binary."""
-    cached = executable(binary._cache_directory() / "consul")
-    assert find_consul() == cached
-    assert cached.is_relative_to(bare_machine / "cache")
-    installed = executable(bare_machine / "bin" / "consul")
-    assert find_consul() == installed
-    named = executable(bare_machine / "elsewhere" / "consul-of-mine")
-    monkeypatch.setenv("CONSUL_BIN", str(named))
-    assert find_consul() == named
-
-
-@pytest.mark.parametrize("content", [None, "not executable"])
-def test_wrong_variable_is_an_error(bare_machine: Path, monkeypatch: pytest.MonkeyPatch, content: str | None) -> None:
-    """A CONSUL_BIN that cannot be run is named in an error, though another Consul is on PATH."""
-    executable(bare_machine / "bin" / "consul")
-    wrong = bare_machine / "wrong"
-    if content is not None:
-        wrong.write_text(content)
-    monkeypatch.setenv("CONSUL_BIN", str(wrong))
-    with pytest.raises(ConsulNotFoundError, match=rf"CONSUL_BIN is set to '{wrong}'.*correct it, or unset it"):
-        find_consul()
-
-
-def test_bare_machine_is_told_the_three_ways_out(bare_machine: Path) -> None:
-    """Without Consul and Go the error says: install Consul, set CONSUL_BIN, or install Go."""
-    with pytest.raises(ConsulNotFoundError) as caught:
-        find_consul()
-    for way_out in ("install Consul", "set CONSUL_BIN", "install Go"):
-        assert way_out in str(caught.value)
-
-
-def test_two_who_need_a_build_share_one(bare_machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two searches at once build Consul once, both get it from the cache, and both say what they wait for."""
-    started, go_on = bare_machine / "started", bare_machine / "go-on"
-    executable(
-        bare_machine / "bin" / "go",
-        f"""
-import pathlib, sys, time
-with open({str(started)!r}, "a") as file:
-    file.write("built\\n")
-print("go: downloading example.com/module v1.0.0", "example.com/module/package", sep="\\n", file=sys.stderr)
-while not pathlib.Path({str(go_on)!r}).exists():
-    time.sleep(0.01)
-target = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
-target.touch(mode=0o755)
-""",
-    )
-    shown = ""
-
-    def shows(text: str) -> bool:
-        nonlocal shown
-        shown += capsys.readouterr().err
-        return text in shown
-
-    with ThreadPoolExecutor() as pool:
-        try:
-            first = pool.submit(find_consul)
-            wait_until(started.exists)
-            second = pool.submit(find_consul)
-            wait_until(lambda: shows("Another process is building Consul"))
-        finally:
-            go_on.touch()
-        assert first.result() == second.result() == binary._cache_directory() / "consul"
-    assert started.read_text() == "built\n"
-    assert shows("1 modules fetched, 1 packages compiled")
-
-
-def test_failed_build_shows_why_and_caches_nothing(bare_machine: Path) -> None:
-    """When Go fails, the error holds the end of its output and the ways out, and the cache stays empty."""
-    executable(bare_machine / "bin" / "go", "raise SystemExit('disk on fire')")
-    with pytest.raises(ConsulNotFoundError, match=r"(?s)disk on fire.*set CONSUL_BIN"):
-        find_consul()
-    assert not (binary._cache_directory() / "consul").exists()
 
 
 def test_taken_port_is_a_clear_error() -> None:

