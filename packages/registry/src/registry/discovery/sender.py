@@ -50,10 +50,9 @@ class HttpxSender:
     async def send(
         self, request: httpx.Request, instance: Instance, extra: Mapping[str, str], limit: float | None, *, read: bool
     ) -> httpx.Response:
-        scheme = "https" if instance.scheme == "https" else request.url.scheme
         addressed = httpx.Request(
             request.method,
-            request.url.copy_with(scheme=scheme, host=instance.address, port=instance.port),
+            request.url.copy_with(scheme=_scheme(request, instance), host=instance.address, port=instance.port),
             # The Host header stays the logical one: a redirect then comes back to the service, and is balanced again.
             headers=[*request.headers.raw, *((name.encode(), value.encode()) for name, value in extra.items())],
             stream=request.stream,
@@ -110,8 +109,7 @@ class H11Sender:
             until = asyncio.get_running_loop().time() + limit
             if read and limit <= (timeouts.get("read") or limit):
                 exchange.timeouts = {"write": timeouts.get("write")}  # The limit comes first: no timer for each wait.
-        scheme = "https" if instance.scheme == "https" else request.url.scheme
-        origin = Origin(scheme, instance.address, instance.port)
+        origin = Origin(_scheme(request, instance), instance.address, instance.port)
         connection = stream = None
         scope = asyncio.timeout_at(until)
         try:
@@ -225,6 +223,11 @@ def _response(request: httpx.Request, head: Answer, stream: httpx.AsyncByteStrea
         request=request,
         extensions={"http_version": b"HTTP/" + head.version, "reason_phrase": head.reason},
     )
+
+
+def _scheme(request: httpx.Request, instance: Instance) -> str:
+    """What to speak: TLS with an instance that says so of itself, else what the caller asked for."""
+    return "https" if instance.scheme == "https" else request.url.scheme
 
 
 def _check_size(size: int, options: ConnectionOptions) -> None:
