@@ -22,6 +22,7 @@ from registry.presence.health import ROOT, Check, DegradedError, find_state, hea
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.state import STATE_PATH, state_router
 
 __all__ = [
     "Check",
@@ -34,6 +35,7 @@ __all__ = [
     "lifespan",
     "problem",
     "problem_responses",
+    "state_router",
 ]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
@@ -93,8 +95,9 @@ def lifespan(
 
 def _about(app: FastAPI) -> dict[str, str]:
     """What Consul's users want to know of an instance, as metadata."""
-    measured = any(getattr(route, "path", None) == "/metrics" for route in app.routes)
-    return {"version": app.version} | ({"metrics_path": "/metrics"} if measured else {})
+    paths = {getattr(route, "path", None) for route in app.routes}
+    told = {"metrics_path": "/metrics", "state_path": STATE_PATH}
+    return {"version": app.version} | {name: path for name, path in told.items() if path in paths}
 
 
 @contextmanager

@@ -7,16 +7,23 @@ from fastapi import FastAPI
 
 from orchestrator import clients, routes
 from orchestrator.errors import add_error_handlers
+from orchestrator.page import routes as page
+from orchestrator.page.hub import Hub
 from orchestrator.registry import ConsulSettings, ServiceRegistry
 from orchestrator.settings import Settings
-from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan, state_router
 
 
 @asynccontextmanager
 async def open_registry(app: FastAPI) -> AsyncIterator[None]:
-    """``app.state.service_registry`` is set inside."""
-    with ServiceRegistry(settings=ConsulSettings()) as app.state.service_registry:
-        yield
+    """``app.state.service_registry`` and ``app.state.hub`` are set inside."""
+    consul = ConsulSettings()
+    with ServiceRegistry(settings=consul) as app.state.service_registry:
+        app.state.hub = Hub(consul, leaving=lambda: app.state.registrar.leaving)
+        try:
+            yield
+        finally:
+            await app.state.hub.aclose()
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -31,7 +38,9 @@ def create_app(settings: Settings) -> FastAPI:
     add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router())
+    app.include_router(state_router())
     app.include_router(routes.router)
+    app.include_router(page.router)
     return app
 
 
