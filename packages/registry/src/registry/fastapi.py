@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, routing
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -95,7 +95,9 @@ def lifespan(
 
 def _about(app: FastAPI) -> dict[str, str]:
     """What Consul's users want to know of an instance, as metadata."""
-    paths = {getattr(route, "path", None) for route in app.routes}
+    # Newer releases of FastAPI keep the routes of an included router in one of their own.
+    each_route = getattr(routing, "iter_route_contexts", iter)
+    paths = {getattr(route, "path", None) for route in each_route(app.routes)}
     told = {"metrics_path": "/metrics", "state_path": STATE_PATH}
     return {"version": app.version} | {name: path for name, path in told.items() if path in paths}
 
