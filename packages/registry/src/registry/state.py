@@ -1,4 +1,4 @@
-"""``/registry/state``: what this instance knows of those that it calls, and of itself. Read-only, for the inside only."""
+"""``/registry/state``: what this instance knows of those that it calls, and of itself. Not for strangers."""
 
 import time
 from typing import Any
@@ -48,9 +48,9 @@ def _presence(registrar: Registrar | None) -> dict[str, Any]:
     return {
         "id": registrar.instance_id,
         "service": registrar.registration.name if registrar.registration else None,
-        "registered": registrar.registered,
+        "registered": registrar.standing.registered,
         "leaving": registrar.leaving,
-        "registrations": dict(registrar.registrations),
+        "registrations": dict(registrar.standing.registrations),
     }
 
 

@@ -1,4 +1,4 @@
-"""The callers' side of the page: every instance is asked for its ``/registry/state`` once a second, while somebody looks.
+"""The callers' side of the page: every instance is asked for its state once a second, while somebody looks.
 
 Asked directly, at the address that Consul lists, and only if its metadata say that it answers. An instance that hangs
 holds up no other, and what it answers is bounded in size, time and content.
@@ -63,7 +63,9 @@ class Told:
     age: float | None
     """Seconds since then."""
     error: str | None
-    """Why it did not answer last; None: it did."""
+    """Why it did not tell last; None: it did."""
+    silent: bool
+    """Whether nothing came from it at all."""
     rates: Mapping[Usage, Rates]
 
 
@@ -74,6 +76,7 @@ class Caller:
         self.instance = instance
         self.state: State | None = None
         self.error: str | None = None
+        self.silent = False
         self.news: list[Event] = []
         """Events that nobody has taken yet."""
         self.after = 0
@@ -84,7 +87,9 @@ class Caller:
     def freeze(self, now: float) -> Told:
         """As it stands."""
         rates = {usage: rates for usage in self._samples if (rates := self._rates(usage))}
-        return Told(self.instance, self.state, now - self._heard if self.state else None, self.error, rates)
+        return Told(
+            self.instance, self.state, now - self._heard if self.state else None, self.error, self.silent, rates
+        )
 
     def _rates(self, usage: Usage) -> Rates | None:
         samples = self._samples[usage]
@@ -107,7 +112,7 @@ class Caller:
             self._samples.clear()
             if asked_after:
                 return True
-        self.state, self._heard, self.error = state, at, None
+        self.state, self._heard, self.error, self.silent = state, at, None, False
         self.news += [event for event in state.events if event.number > self.after]
         self.after = max([self.after, *(event.number for event in state.events)])
         used = {(upstream.service, upstream.tag) for upstream in state.upstreams}
@@ -189,6 +194,7 @@ class Callers:
                     pass
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValidationError, TimeoutError) as error:
             caller.error = _in_words(error)
+            caller.silent = isinstance(error, httpx.TransportError | TimeoutError)
         finally:
             del self._pending[key]
 

@@ -54,7 +54,9 @@ class Catalog:
     def __init__(self, settings: ConsulSettings, changed: Callable[[], None]) -> None:
         wait = min(WAIT, settings.wait)
         self._resolver = ConsulResolver(
-            settings.model_copy(update={"wait": wait}), max_watches=MAX_SERVICES, first_answer_timeout=FIRST_ANSWER,
+            settings.model_copy(update={"wait": wait}),
+            max_watches=MAX_SERVICES,
+            first_answer_timeout=FIRST_ANSWER,
             observer=_Bell(changed),
         )
         self._changed = changed
@@ -90,8 +92,7 @@ class Catalog:
             error=next((error for error in errors if error is not None), None),
             age=max(heard, default=None),
             listings=tuple(
-                Listing(name, self._passing(name), view.left_out)
-                for name, view in zip(self._names, views, strict=True)
+                Listing(name, self._passing(name), view.left_out) for name, view in zip(self._names, views, strict=True)
             ),
             untold=self._untold,
         )

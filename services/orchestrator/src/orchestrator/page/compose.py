@@ -60,7 +60,9 @@ def _outage(picture: Picture) -> str:
         return ""
     if outlook.age is None:
         return f"Consul can't be asked, and nothing is known yet. {outlook.error}"
-    return f"Consul can't be asked: this is its list of {outlook.age:.0f} s ago, which callers go on with. {outlook.error}"
+    return (
+        f"Consul can't be asked: this is its list of {outlook.age:.0f} s ago, which callers go on with. {outlook.error}"
+    )
 
 
 def _freshness(picture: Picture) -> str:
@@ -89,6 +91,4 @@ def _line(entry: Entry) -> Line:
     more = f" and {len(by) - 3} more" if len(by) > 3 else ""
     seen = f", seen by {', '.join(by[:3])}{more}" if by else ""
     key = f"{entry.number}"
-    return Line(
-        key=key, time=clock(entry.at), text=f"{what}{why}{detail}{seen}", tone=_TONES.get(entry.kind, "")
-    )
+    return Line(key=key, time=clock(entry.at), text=f"{what}{why}{detail}{seen}", tone=_TONES.get(entry.kind, ""))

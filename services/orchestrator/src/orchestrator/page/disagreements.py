@@ -26,9 +26,7 @@ class Disagreements:
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
 
-    def between(
-        self, services: Mapping[str, Sequence[Seen]], using: Iterable[Use], now: float
-    ) -> tuple[Line, ...]:
+    def between(self, services: Mapping[str, Sequence[Seen]], using: Iterable[Use], now: float) -> tuple[Line, ...]:
         """Those that have lasted. ``now``: ``time.monotonic()``."""
         found = [*_of_instances(services), *_of_lists(services, using)]
         self._since = {each.key: self._since.get(each.key, now) for each in found}
@@ -61,7 +59,9 @@ def _of_listed(seen: Seen) -> Iterator[_Difference]:
         yield _Difference(f"{seen.key} ejected", passing, certain=True)
     told = seen.told
     if told is not None and told.error is not None:
-        yield _Difference(f"{seen.key} silent", f"{seen.id}: its checks pass, says Consul; asked by us, it {told.error}")
+        yield _Difference(
+            f"{seen.key} silent", f"{seen.id}: its checks pass, says Consul; asked by us, it {told.error}"
+        )
     elif told is not None and told.state is not None and not told.state.instance.registered:
         yield _Difference(f"{seen.key} unregistered", f"{seen.id}: Consul lists it; it says that it is not registered")
 

@@ -26,9 +26,13 @@ def condition(seen: Seen) -> Cell:
     told = seen.told
     if told is not None and told.state is not None and told.state.instance.leaving:
         return Cell(text="leaving", detail="it was told to stop", tone="doubtful")
-    if told is not None and told.error is not None:
+    if told is not None and told.silent:
         return Cell(text="silent", detail=f"it {told.error}", tone="doubtful")
-    return Cell(text="live", detail="" if seen.sightings else "nobody calls it", tone="live")
+    said = [
+        "" if seen.sightings else "nobody calls it",
+        f"asked what it sees, it {told.error}" if told and told.error else "",
+    ]
+    return Cell(text="live", detail="; ".join(part for part in said if part), tone="live")
 
 
 def _ejected(ejecting: Sequence[Sighting], callers: int) -> Cell:
@@ -125,7 +129,7 @@ def _use_row(use: Use) -> Row:
 
 def _flow(use: Use) -> Cell:
     if use.caller.error is not None and use.caller.age is not None:
-        return Cell(text=f"{use.caller.age:.0f} s old", detail=f"the caller {use.caller.error}", tone="doubtful")
+        return Cell(text=f"as {use.caller.age:.0f} s ago", detail=f"the caller {use.caller.error}", tone="doubtful")
     if use.upstream.failing_fast_for:
         return Cell(
             text="fails fast",

@@ -50,9 +50,7 @@ def reasons(found: Mapping[str, int]) -> str:
     """As in ``84 % the cheaper, 16 % its turn``: at most three, the most frequent first."""
     total = sum(found.values())
     most = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:3]
-    return ", ".join(
-        f"{100 * count / total:.0f} % {REASONS.get(name, (name, ''))[0]}" for name, count in most if count
-    )
+    return ", ".join(f"{100 * count / total:.0f} % {REASONS.get(name, (name, ''))[0]}" for name, count in most if count)
 
 
 def added(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
