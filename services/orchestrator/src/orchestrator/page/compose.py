@@ -6,7 +6,7 @@ from orchestrator.page.drawing import draw
 from orchestrator.page.journal import Entry
 from orchestrator.page.sheet import Choice, Group, Line, Sheet, Tone
 from orchestrator.page.sight import Picture, uses, whole
-from orchestrator.page.tables import instance_groups, use_rows
+from orchestrator.page.tables import instance_groups, tally, use_rows
 from orchestrator.page.words import clock
 
 __all__ = ["compose"]
@@ -77,10 +77,8 @@ def _freshness(picture: Picture) -> str:
 def _summary(groups: Iterable[Group]) -> str:
     found = list(groups)
     instances = sum(len(group.rows) for group in found)
-    tones = [row.cells[1].tone for group in found for row in group.rows]
-    words = {"live": "live", "ejected": "ejected", "doubtful": "in doubt", "gone": "gone"}
-    tally = ", ".join(f"{count} {word}" for tone, word in words.items() if (count := tones.count(tone)))
-    return f"{len(found)} services, {instances} instances" + (f": {tally}" if tally else "")
+    how = tally(row.cells[1].tone for group in found for row in group.rows)
+    return f"{len(found)} services, {instances} instances" + (f": {how}" if how else "")
 
 
 def _line(entry: Entry) -> Line:

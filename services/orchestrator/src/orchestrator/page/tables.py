@@ -6,7 +6,7 @@ from orchestrator.page.sheet import Cell, Group, Row, Tone
 from orchestrator.page.sight import Seen, Sighting, Use
 from orchestrator.page.words import added, clock, counts, per_second, reasons, seconds, whole_number
 
-__all__ = ["condition", "instance_groups", "use_rows"]
+__all__ = ["condition", "instance_groups", "tally", "use_rows"]
 
 _GONE = {
     "critical": "gone: critical",
@@ -14,6 +14,12 @@ _GONE = {
     "vanished": "gone: vanished",
     "uncallable": "gone: can't be called",
 }
+_TALLIED: tuple[tuple[Tone, str], ...] = (
+    ("live", "live"),
+    ("ejected", "ejected"),
+    ("doubtful", "in doubt"),
+    ("gone", "gone"),
+)
 
 
 def condition(seen: Seen) -> Cell:
@@ -55,15 +61,15 @@ def _group(service: str, instances: Sequence[Seen]) -> Group:
     return Group(
         key=service,
         heading=service,
-        detail=_tally(cell.tone for _, cell in found),
+        detail=tally(cell.tone for _, cell in found) or "nobody",
         rows=tuple(_row(seen, cell, recent[seen.key] / total if total else None) for seen, cell in found),
     )
 
 
-def _tally(tones: Iterable[Tone]) -> str:
+def tally(tones: Iterable[Tone]) -> str:
+    """As in ``3 live, 1 ejected``."""
     found = list(tones)
-    words = {"live": "live", "ejected": "ejected", "doubtful": "in doubt", "gone": "gone"}
-    return ", ".join(f"{count} {word}" for tone, word in words.items() if (count := found.count(tone))) or "nobody"
+    return ", ".join(f"{count} {word}" for tone, word in _TALLIED if (count := found.count(tone)))
 
 
 def _recent_picks(seen: Seen) -> Iterable[int]:
