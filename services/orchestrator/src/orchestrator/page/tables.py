@@ -142,7 +142,7 @@ def _flow(use: Use) -> Cell:
             detail=f"every instance fails; tries again in {use.upstream.failing_fast_for:.1f} s",
             tone="ejected",
         )
-    return Cell(text="calls", tone="live")
+    return Cell(text="live", tone="live")
 
 
 def _after(use: Use) -> str:
