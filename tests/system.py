@@ -17,7 +17,7 @@ import pytest
 from registry.testing.agent import ConsulAgent
 from registry.testing.ports import free_ports
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 def answers(port: int) -> bool:

@@ -34,24 +34,29 @@ def system(consul_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield running
 
 
-def start_backend(system: System) -> str:
-    """One more, once it is found."""
-    [port] = free_ports(1)
-    instance = system.start("backend", port)
-    system.until(lambda: answers(port) and instance in system.passing("backend-api"), f"{instance} passing")
-    return instance
+def start_backends(system: System, count: int = 1) -> list[str]:
+    """So many more, once they are found."""
+    started = [(system.start("backend", port), port) for port in free_ports(count)]
+    for instance, port in started:
+        system.until(
+            lambda instance=instance, port=port: answers(port) and instance in system.passing("backend-api"),  # type: ignore[misc]
+            f"{instance} passing",
+        )
+    return [instance for instance, _ in started]
 
 
-def stop(system: System, instance: str) -> None:
-    """Ends it in good order."""
-    process = system.processes.pop(instance)
-    process.terminate()
-    process.wait(20)
+def stop(system: System, *instances: str) -> None:
+    """Ends them in good order."""
+    processes = [system.processes.pop(instance) for instance in instances]
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait(20)
 
 
 def test_a_kill_under_load_shows_within_one_and_a_half_seconds(system: System, browser: Browser) -> None:
     """kill -9: the page says that a caller has ejected it and why, then that it is gone, then shows it no more."""
-    victim = start_backend(system)
+    [victim] = start_backends(system)
     with Load(system.front, pause=0.02) as load, open_tab(browser, system.front) as tab:
         tab.says(victim, "live")
         tab.wait(
@@ -79,14 +84,13 @@ def test_scaling_is_followed(system: System, browser: Browser) -> None:
     with open_tab(browser, system.front) as tab:
         tab.live()
         [first] = tab.rows("backend-api")
-        more = [start_backend(system) for _ in range(4)]
+        more = start_backends(system, 4)
         tab.wait("document.querySelectorAll('#instances tbody[data-key=backend-api] th[scope=row]').length === 5")
         assert sorted(tab.rows("backend-api")) == sorted([first, *more])
         for instance in more:
             tab.says(instance, "live")
             tab.journal(instance, "joined")
-        for instance in more:
-            stop(system, instance)
+        stop(system, *more)
         tab.wait("document.querySelectorAll('#instances tbody[data-key=backend-api] th[scope=row]').length === 1")
         for instance in more:
             tab.journal(instance, "left: withdrew")
@@ -101,7 +105,7 @@ def test_a_pause_holds_the_picture_and_its_end_shows_the_newest(system: System, 
         tab.page.keyboard.press("Enter")
         assert tab.page.get_attribute("#pause", "aria-pressed") == "true"
         held, shown = tab.number, tab.text("main")
-        newcomer = start_backend(system)
+        [newcomer] = start_backends(system)
         other.says(newcomer, "live")
         assert (tab.number, tab.text("main")) == (held, shown)
         assert tab.text("#live").startswith("Paused")
