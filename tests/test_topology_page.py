@@ -176,3 +176,62 @@ def test_a_stop_with_the_page_open_is_no_longer_and_a_restart_no_duplicate(syste
         assert len(keys) == len(set(keys))
         for refused in (tab, other):
             refused.complaints.clear()
+
+
+def test_what_was_counted_is_what_is_shown(system: System, browser: Browser) -> None:
+    """Calls and picks on the page, as the front door sees them, grow by exactly what a caller sent and who answered."""
+    [front] = system.passing("orchestrator-api")
+    more = start_backends(system)
+    read = """() => Object.fromEntries([...document.querySelectorAll('#instances tbody[data-key=backend-api] tr')].slice(1)
+        .map((row) => [row.querySelector('th span').textContent,
+            Number(row.cells[3].firstElementChild.textContent.replaceAll(',', ''))]))"""
+    called = """() => [...document.querySelectorAll('#calls tr')].map((row) => row.cells[4].firstElementChild.textContent)
+        .reduce((sum, text) => sum + Number(text.replaceAll(',', '')), 0)"""
+    with Load(system.front, most=3), open_tab(browser, f"{system.front}/?caller={front}") as tab:
+        tab.live()
+        for instance in system.passing("backend-api"):
+            tab.says(instance, "live")
+        # Whatever was under way before has been counted once two pictures agree.
+        tab.wait(
+            "async () => { const before = (%s)(); await new Promise((done) => setTimeout(done, 2500));"
+            " return before === (%s)(); }" % (called, called),
+            0,
+        )
+        picks, calls = tab.page.evaluate(read), tab.page.evaluate(called)
+        with Load(system.front, most=40, pause=0) as load:
+            pass
+        tab.wait(f"calls => ({called})() - calls === 40", calls)
+        tab.wait(
+            f"([before, sum]) => Object.values(({read})()).reduce((one, two) => one + two, 0) - before >= sum",
+            [sum(picks.values()), sum(load.answered.values())],
+        )
+        shown = tab.page.evaluate(read)
+    assert {name: shown[name] - picks.get(name, 0) for name in load.answered} == load.answered
+    assert load.failed == []
+    stop(system, *more)
+
+
+def test_what_somebody_registers_stays_text(system: System, browser: Browser) -> None:
+    """Markup in tags is text in the snapshot and in what the stream brings; nothing of it runs, and no style is set."""
+    tags = [
+        "<script>document.title = 'taken'</script>",
+        '"><img src=x onerror="document.title=\'taken\'">',
+        "{{ 7 * 7 }}",
+    ]
+    port = int(system.front.rsplit(":", 1)[1])
+    with ServiceRegistry("127.0.0.1", system.consul.http_port) as registry:
+        instance = registry.register_service("tagged", "127.0.0.1", port, tags=tags, health_check_interval="1s")
+        try:
+            with open_tab(browser, system.front) as tab, open_tab(browser, system.front) as later:
+                for each in (tab, later):
+                    each.says(instance, "live")
+                    each.page.reload()
+                    each.says(instance, "live")
+                    assert all(tag in each.text("#instances tbody[data-key=tagged]") for tag in tags)
+                    each.live()
+                    assert all(tag in each.text("#instances tbody[data-key=tagged]") for tag in tags)
+                    assert each.page.title() == "Topology"
+                    assert each.page.locator("script").count() == 1
+                    assert each.page.locator("img").count() == 0
+        finally:
+            registry.deregister_service(instance)

@@ -39,6 +39,8 @@ class Tab:
     def wait(self, condition: str, argument: object = None) -> float:
         """Until a JavaScript condition holds; returns the seconds that this took."""
         begun = time.monotonic()
+        # As a function: an expression would be evaluated from its text, which the page's policy refuses.
+        condition = f"() => {condition}" if argument is None else condition
         self.page.wait_for_function(condition, arg=argument, polling=20, timeout=WAIT_MS)
         return time.monotonic() - begun
 
