@@ -182,32 +182,25 @@ def test_what_was_counted_is_what_is_shown(system: System, browser: Browser) -> 
     """Calls and picks on the page, as the front door sees them, grow by exactly what a caller sent and who answered."""
     [front] = system.passing("orchestrator-api")
     more = start_backends(system)
-    read = """() => Object.fromEntries([...document.querySelectorAll('#instances tbody[data-key=backend-api] tr')].slice(1)
-        .map((row) => [row.querySelector('th span').textContent,
-            Number(row.cells[3].firstElementChild.textContent.replaceAll(',', ''))]))"""
-    called = """() => [...document.querySelectorAll('#calls tr')].map((row) => row.cells[4].firstElementChild.textContent)
-        .reduce((sum, text) => sum + Number(text.replaceAll(',', '')), 0)"""
-    with Load(system.front, most=3), open_tab(browser, f"{system.front}/?caller={front}") as tab:
-        tab.live()
-        for instance in system.passing("backend-api"):
-            tab.says(instance, "live")
-        # Whatever was under way before has been counted once two pictures agree.
-        tab.wait(
-            "async () => { const before = (%s)(); await new Promise((done) => setTimeout(done, 2500));"
-            " return before === (%s)(); }" % (called, called),
-            0,
-        )
-        picks, calls = tab.page.evaluate(read), tab.page.evaluate(called)
+    backends = "#instances tbody[data-key=backend-api]"
+    with open_tab(browser, f"{system.front}/?caller={front}") as tab:
+        with Load(system.front, most=5):
+            pass
+        # What came before is on the page: two pictures in a row say the same.
+        counted = [{}, {front: -1}, {front: -2}]
+        while counted[-1] != counted[-3]:
+            tab.live()
+            counted.append(tab.numbers("#calls", 4))
+        picks, calls = tab.numbers(backends, 3), sum(counted[-1].values())
         with Load(system.front, most=40, pause=0) as load:
             pass
-        tab.wait(f"calls => ({called})() - calls === 40", calls)
-        tab.wait(
-            f"([before, sum]) => Object.values(({read})()).reduce((one, two) => one + two, 0) - before >= sum",
-            [sum(picks.values()), sum(load.answered.values())],
-        )
-        shown = tab.page.evaluate(read)
+        deadline = time.monotonic() + 30
+        while sum(tab.numbers("#calls", 4).values()) != calls + 40:
+            assert time.monotonic() < deadline, tab.numbers("#calls", 4)
+            tab.live()
+        shown = tab.numbers(backends, 3)
     assert {name: shown[name] - picks.get(name, 0) for name in load.answered} == load.answered
-    assert load.failed == []
+    assert (sum(load.answered.values()), load.failed) == (40, [])
     stop(system, *more)
 
 

@@ -68,6 +68,12 @@ class Tab:
         shown = self.page.locator(f'#instances tbody[data-key="{service}"] th[scope=row] > span')
         return shown.all_text_contents()
 
+    def numbers(self, table: str, column: int) -> dict[str, int]:
+        """A column of a table's body, by the heading of each row."""
+        read = "([table, column]) => [...document.querySelectorAll(table + ' tr:not(.group)')].map((row) =>"
+        read += " [row.querySelector('th span').textContent, row.cells[column].firstElementChild.textContent])"
+        return {name: int(text.replace(",", "")) for name, text in self.page.evaluate(read, [table, column])}
+
     def text(self, selector: str) -> str:
         """Of one element."""
         return self.page.locator(selector).inner_text()
