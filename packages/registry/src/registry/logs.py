@@ -154,9 +154,9 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end, and below it the traceback, if any."""
         head = f"{_time(record)} {record.levelname:<7} {record.name}: {_message(record)}"
-        line = " ".join([head, *(f"{name}={_word(value)}" for name, value in _known(record).items())])
+        known = " ".join(f"{name}={_word(value)}" for name, value in _known(record).items())
         trouble = _trouble(self, record).splitlines()
-        return "\n    ".join(map(_visible, [line, *trouble]))
+        return "\n    ".join(map(_visible, [f"{head}  {known}".rstrip(), *trouble]))
 
 
 def _time(record: logging.LogRecord) -> str:

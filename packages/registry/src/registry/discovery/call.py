@@ -124,7 +124,7 @@ class Call:
         what = f"HTTP {outcome.status_code}" if isinstance(outcome, httpx.Response) else repr(outcome)
         instance = endpoint.instance
         self.notes.append(f"attempt {attempt} on {instance.id} ({instance.netloc}): {what}")
-        logger.debug("attempt failed", extra={"attempt": attempt, "instance": instance.id, "outcome": what})
+        logger.debug("attempt failed", extra={"attempt": attempt, "peer": instance.id, "outcome": what})
 
     def retry_after(self) -> float | None:
         """Seconds that the last answer asks to wait; None when it does not."""

@@ -28,6 +28,7 @@ REJOIN_DELAY = 0.3, 0.5
 """Seconds, from and to. Siblings that are being stopped together must not bring each other back. (After a restart of
 the agent, where all its services come at once, the back-off spreads them.)"""
 SILENCE_BEFORE_WARNING = 5.0
+FAILED = "registration failed, so callers can't find this service; it serves on and tries again every 2 s: %s"
 LOOK = 1.0
 """Seconds between two looks at whether this host still has the address that was registered."""
 
@@ -143,7 +144,7 @@ class Registrar:
         except Exception as error:
             self.withdrawn = True
             logger.warning(
-                "could not deregister, Consul will notice by its checks: %s",
+                "could not deregister; callers find this instance until Consul's checks of it fail: %s",
                 str(error) or type(error).__name__,
                 extra={"instance": self.instance_id},
             )
@@ -154,10 +155,10 @@ class Registrar:
 
     async def _remove(self, service_id: str) -> None:
         if await self._entry.is_in_maintenance(service_id):
-            logger.info("in maintenance: left in Consul for a restart", extra={"instance": service_id})
+            logger.info("not deregistered: %s is in maintenance", service_id, extra={"instance": service_id})
         else:
             await self._entry.remove(service_id)
-            logger.info("deregistered", extra={"instance": service_id})
+            logger.info("deregistered %s", service_id, extra={"instance": service_id})
 
     async def _stop(self) -> None:
         if self._task is not None:
@@ -182,7 +183,7 @@ class Registrar:
                 # Consul may be away for hours: the service runs on, and this task dies only by cancellation.
                 failures += 1
                 log = logger.warning if failures == 1 else logger.debug
-                log("registration interrupted, trying on: %s", error, extra={"instance": self.instance_id})
+                log(FAILED, str(error) or repr(error), extra={"instance": self.instance_id})
                 await asyncio.sleep(self._backoff.delay(failures))
 
     async def _locate(self) -> Registration:
@@ -223,7 +224,7 @@ class Registrar:
         for former in tuple(self._former):
             await self._entry.remove(former)
             self._former.discard(former)
-        logger.info("registered", extra={"instance": registration.id, "address": registration.instance.netloc})
+        logger.info("registered %s", registration.id, extra={"instance": registration.id})
 
     async def _warn_of_loopback(self, registration: Registration) -> None:
         if not is_loopback(registration.address):
