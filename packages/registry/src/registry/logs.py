@@ -115,7 +115,7 @@ class LogHandler(logging.StreamHandler[TextIO]):
     def handle(self, record: logging.LogRecord) -> bool:
         """Whether it was written. A poll, whatever its answer, is for whoever wants DEBUG."""
         access = _access(record)
-        if access.get("method") == "GET" and str(access["path"]).partition("?")[0] in self._polled:
+        if access.get("method") in {"GET", "HEAD"} and str(access["path"]).partition("?")[0] in self._polled:
             record = copy(record)  # other handlers see it as it was
             record.levelno, record.levelname = logging.DEBUG, "DEBUG"
             if not logging.getLogger(record.name).isEnabledFor(logging.DEBUG):
