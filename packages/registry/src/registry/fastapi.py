@@ -17,6 +17,7 @@ from registry.discovery import context
 from registry.discovery.resolver import Resolver
 from registry.errors import InvalidInputError
 from registry.limits import SlowBodyMiddleware
+from registry.logs import set_fields
 from registry.presence.drain import DrainOnSigterm
 from registry.presence.health import ROOT, Check, DegradedError, find_state, health_router
 from registry.presence.registrar import Registrar
@@ -89,6 +90,7 @@ def lifespan(
             await resolver.start()
             registrar = Registrar(settings, connection, about=_about(app), observer=told)
             stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            set_fields("registrar", lambda: {"instance": registrar.instance_id})
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
                 yield state

@@ -8,10 +8,12 @@ from backend.errors import add_error_handlers
 from backend.lifespan import keep
 from backend.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.logs import setup_logging
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
+    setup_logging(settings)
     database = Database(settings.database_url, settings.database_timeout, password=settings.database_password)
     app = FastAPI(
         title=settings.name,

@@ -10,6 +10,7 @@ from orchestrator.errors import add_error_handlers
 from orchestrator.registry import ConsulSettings, ServiceRegistry
 from orchestrator.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.logs import setup_logging
 
 
 @asynccontextmanager
@@ -21,6 +22,7 @@ async def open_registry(app: FastAPI) -> AsyncIterator[None]:
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
+    setup_logging(settings)
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB

@@ -3,12 +3,14 @@
 from fastapi import FastAPI
 
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.logs import setup_logging
 from research import clients, routes
 from research.settings import Settings
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
+    setup_logging(settings)
     app = FastAPI(title=settings.name, max_body_size=2**21, lifespan=lifespan(settings, upstreams=clients.UPSTREAMS))
     app.state.settings = settings
     app.add_middleware(RegistryMiddleware)

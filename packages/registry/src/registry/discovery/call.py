@@ -138,7 +138,7 @@ class Call:
         instance = endpoint.instance
         self.failed = name
         self.notes.append(f"attempt {attempt} on {instance.id} ({instance.netloc}): {what}")
-        logger.debug("attempt failed", extra={"attempt": attempt, "instance": instance.id, "outcome": what})
+        logger.debug("attempt failed", extra={"attempt": attempt, "peer": instance.id, "outcome": what})
         return what
 
     def end(self, result: httpx.Response | BaseException) -> None:
