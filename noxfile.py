@@ -174,7 +174,7 @@ def install(session: nox.Session) -> None:
         return
     stamp.unlink(missing_ok=True)
     # A sync, not an install: a reused environment must not keep what the lock dropped.
-    session.run("uv", "pip", "sync", "--require-hashes", LOCK)
+    session.run_install("uv", "pip", "sync", "--require-hashes", LOCK)
     session.install("--no-deps", *(part for member in members() for part in ("-e", member)))
     stamp.write_text(wanted)
 
