@@ -167,6 +167,9 @@ def members() -> list[str]:
 
 def install(session: nox.Session) -> None:
     """Install what is locked and the workspace itself, unless this environment has exactly that already."""
+    # Tests and demo start hundreds of Pythons: what one has compiled, the next find, even where that is switched off.
+    bytecode = str(Path(session.virtualenv.location, "bytecode"))
+    session.env.update({"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode})
     sources = [LOCK, "pyproject.toml", *(f"{member}/pyproject.toml" for member in members())]
     wanted = hashlib.sha256(b"\0".join((ROOT / source).read_bytes() for source in sources)).hexdigest()
     stamp = Path(session.virtualenv.location, "installed.sha256")

@@ -312,6 +312,7 @@ def answer_to(connection: socket.socket) -> tuple[int, dict[str, Any]]:
     return int(head.split()[1]), json.loads(body)
 
 
+@pytest.mark.real
 def test_stopped_instance_does_not_work_off_what_queued_up(tmp_path: Path) -> None:
     """Resumed after the deadlines, it answers 504 to what waited and executes none of it, but what is in time."""
     journal = tmp_path / "journal"
@@ -331,6 +332,7 @@ def test_stopped_instance_does_not_work_off_what_queued_up(tmp_path: Path) -> No
         assert journal.read_text().split() == ["before", "in-time"]
 
 
+@pytest.mark.real
 async def test_calls_that_timed_out_on_a_stopped_instance_are_never_executed(tmp_path: Path) -> None:
     """The client's own calls: given up after their deadline, and thrown away by the instance when it comes to them."""
     journal = tmp_path / "journal"
