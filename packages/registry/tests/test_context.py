@@ -148,7 +148,7 @@ async def test_expired_request_is_answered_504_at_once() -> None:
         for method, path in (("GET", "/"), ("POST", "/"), ("GET", "/nowhere")):
             headers = {DEADLINE_HEADER: f"{time.time() - 2.5:.3f}"}
             answer = await http.request(method, path, headers=headers, content=b"x" * 100_000)
-            assert answer.status_code == 504
+            assert (answer.status_code, answer.headers["Content-Type"]) == (504, "application/problem+json")
             detail = answer.json()["detail"]
             assert detail.startswith("the deadline in X-Request-Deadline passed 2.5")
             assert detail.endswith(" s ago")
