@@ -1,6 +1,7 @@
 """What strangers send to the edge: a real HAProxy with the deployment's own configuration, on a real Consul's DNS."""
 
 import asyncio
+import json
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -117,7 +118,13 @@ async def test_a_body_too_large_never_gets_in(
         writer.close()
         assert [seen.body for seen in replica.seen] == [2**21]
     assert answer.startswith(b"HTTP/1.1 413 ")
-    assert answer.endswith(b'{"detail": "The body may have at most 2 MiB"}')
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"\r\ncontent-type: application/problem+json" in head
+    assert json.loads(body) == {
+        "title": "Content Too Large",
+        "status": 413,
+        "detail": "The body may have at most 2 MiB",
+    }
 
 
 async def test_slow_bodies_are_cut_and_others_served(edge: Edge) -> None:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI
 from starlette.requests import HTTPConnection
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.client import ServiceDiscoveryClient
@@ -171,7 +170,7 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
     if imposed.deadline is not None and imposed.deadline <= time.time():
         # Whoever asked has gone: an instance that was stopped must not work off what queued up meanwhile.
         late = f"the deadline in {context.DEADLINE_HEADER} passed {time.time() - imposed.deadline:.3f} s ago"
-        await JSONResponse({"detail": late}, status_code=504)(scope, receive, send)
+        await problem(504, late)(scope, receive, send)
         return
 
     async def send_and_release(message: Message) -> None:

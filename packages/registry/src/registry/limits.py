@@ -3,8 +3,9 @@
 import asyncio
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from registry.problems import problem
 
 __all__ = ["SlowBodyMiddleware"]
 
@@ -19,7 +20,8 @@ class SlowBodyError(HTTPException):
 class SlowBodyMiddleware:
     """Answers 408 to a request whose body takes longer than ``grace`` seconds and one for every ``rate`` bytes of it.
 
-    Counts from the first time that the app asks for the body. The defaults are those of Apache's mod_reqtimeout
+    The answer is a problem (``registry.problems``), where the app has no handler of its own for HTTPException. Counts
+    from the first time that the app asks for the body. The defaults are those of Apache's mod_reqtimeout
     (``body=20,MinRate=500``).
     """
 
@@ -60,4 +62,4 @@ class SlowBodyMiddleware:
         except SlowBodyError as error:
             if started:
                 raise
-            await JSONResponse({"detail": error.detail}, error.status_code, error.headers)(scope, receive, send)
+            await problem(error.status_code, error.detail, error.headers)(scope, receive, send)
