@@ -1,7 +1,7 @@
 """Makes a FastAPI app a service that others find while it can answer, and that can call them by name."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -165,13 +165,13 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
         await JSONResponse({"detail": late}, status_code=504)(scope, receive, send)
         return
 
-    async def send_and_release(message: Message) -> None:
+    def send_and_release(message: Message) -> Awaitable[None]:
         # The deadline is for the answer's beginning: what streams on may take its time, and so may what a task does
         # after the answer. Both see it, since they share what was imposed.
         imposed.deadline = None
-        await send(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
             imposed.is_retry = False
+        return send(message)
 
     before = context.inherited.set(imposed)
     try:
@@ -189,11 +189,11 @@ async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
     signature = (b"x-service-instance", registrar.instance_id.encode())
     may_close = scope["http_version"].startswith("1")  # RFC 9113, 8.2.2: no Connection header in HTTP/2
 
-    async def send_signed(message: Message) -> None:
+    def send_signed(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             closing = [(b"connection", b"close")] if registrar.leaving and may_close else []
             message["headers"] = [*message.get("headers", ()), signature, *closing]
-        await send(message)
+        return send(message)
 
     await app(scope, receive, send_signed)
 

@@ -1,6 +1,9 @@
 """A request body that comes in too slowly is given up: who sends a byte now and then holds a connection for ever."""
 
 import asyncio
+from collections.abc import Awaitable, Coroutine
+from types import CoroutineType
+from typing import Any, Self, cast
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -29,7 +32,7 @@ class SlowBodyMiddleware:
         self._rate = rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _has_no_body(scope):
             await self._app(scope, receive, send)
             return
         deadline: float | None = None
@@ -42,18 +45,17 @@ class SlowBodyMiddleware:
             if deadline is None:
                 deadline = asyncio.get_running_loop().time() + self._grace
             try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
+                message = await _by(deadline, receive())
             except TimeoutError:
                 raise SlowBodyError(self._rate) from None
             deadline += len(message.get("body", b"")) / self._rate
             complete = not message.get("more_body", False)
             return message
 
-        async def send_and_remember(message: Message) -> None:
+        def send_and_remember(message: Message) -> Awaitable[None]:
             nonlocal started
             started = True
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive_in_time, send_and_remember)
@@ -61,3 +63,45 @@ class SlowBodyMiddleware:
             if started:
                 raise
             await JSONResponse({"detail": error.detail}, error.status_code, error.headers)(scope, receive, send)
+
+
+def _has_no_body(scope: Scope) -> bool:
+    """Whether it can't have one. Source: RFC 9112, 6.3, for HTTP/1; in HTTP/2 a body needs no header."""
+    headers = dict(scope["headers"])
+    return scope["http_version"] in {"1.0", "1.1"} and not (
+        b"content-length" in headers or b"transfer-encoding" in headers
+    )
+
+
+async def _by(deadline: float, receiving: Awaitable[Message]) -> Message:
+    """What is received by then. A timer costs more than all else here, and most bodies are there when the app asks: it
+    is set only for what has to wait.
+
+    Raises: TimeoutError.
+    """
+    if not isinstance(receiving, CoroutineType):
+        async with asyncio.timeout_at(deadline):
+            return await receiving
+    try:
+        awaited = receiving.send(None)
+    except StopIteration as done:
+        return cast(Message, done.value)
+    async with asyncio.timeout_at(deadline):
+        return cast(Message, await _Resumed(receiving, awaited))
+
+
+class _Resumed:
+    """A coroutine that was begun by hand, to be awaited on: whoever awaits it is first given what it waits for."""
+
+    def __init__(self, begun: Coroutine[Any, Any, object], awaited: object) -> None:
+        self._first = [awaited]
+        self.send, self.throw, self.close = begun.send, begun.throw, begun.close
+
+    def __await__(self) -> Self:
+        return self
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        return self._first.pop() if self._first else self.send(None)
