@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
+from starlette.routing import NoMatchFound
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.client import ServiceDiscoveryClient
@@ -93,8 +94,10 @@ def lifespan(
 
 def _about(app: FastAPI) -> dict[str, str]:
     """What Consul's users want to know of an instance, as metadata."""
-    measured = any(getattr(route, "path", None) == "/metrics" for route in app.routes)
-    return {"version": app.version} | ({"metrics_path": "/metrics"} if measured else {})
+    own = ["/metrics" for route in app.routes if getattr(route, "path", None) == "/metrics"]
+    with suppress(NoMatchFound):
+        own.append(str(app.url_path_for("registry_metrics")))  # Included routers do not show their paths.
+    return {"version": app.version} | ({"metrics_path": own[-1]} if own else {})
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def metrics_router() -> APIRouter:
 
     router = APIRouter(lifespan=observing)
 
-    @router.get("/metrics", include_in_schema=False)
+    @router.get("/metrics", name="registry_metrics", include_in_schema=False)
     async def metrics(request: Request) -> Response:
         registry = find_state(request.scope, "metrics")
         if registry is None:

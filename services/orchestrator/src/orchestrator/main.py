@@ -10,6 +10,7 @@ from orchestrator.errors import add_error_handlers
 from orchestrator.registry import ConsulSettings, ServiceRegistry
 from orchestrator.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.metrics import metrics_router
 
 
 @asynccontextmanager
@@ -31,6 +32,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router())
+    app.include_router(metrics_router())
     app.include_router(routes.router)
     return app
 

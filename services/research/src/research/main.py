@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.metrics import metrics_router
 from research import clients, routes
 from research.settings import Settings
 
@@ -14,6 +15,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RegistryMiddleware)
     add_problem_handlers(app)
     app.include_router(health_router())
+    app.include_router(metrics_router())
     app.include_router(routes.router)
     return app
 
