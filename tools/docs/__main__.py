@@ -21,6 +21,7 @@ PAGES = ("*.md", "LICENSE", "docs/**/*.*", "services/*/*.md", "packages/*/*.md")
 PUBLIC = (
     "registry",
     "registry.fastapi",
+    "registry.metrics",
     "registry.conformance",
     "registry.testing.fixtures",
     "registry.testing.agent",

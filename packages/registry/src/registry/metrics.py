@@ -54,16 +54,14 @@ class Metrics(Observer, Collector):
 
     def attempt_ended(self, attempt: ObservedAttempt) -> None:
         """Adds its duration."""
-        call, error, method = attempt.call, attempt.error, attempt.call.method
-        what = attempt.status if error is None else type(error).__name__
-        seconds = attempt.seconds
-        assert seconds is not None
-        self._attempts.observe((call.service, method if method in METHODS else OTHER, what), seconds)
+        call, error = attempt.call, attempt.error
+        key = (call.service, call.method, attempt.status if error is None else type(error).__name__)
+        (self._attempts.get(key) or self._attempts.of(key)).add(attempt.seconds or 0.0)
 
     def call_ended(self, call: ObservedCall) -> None:
         """Adds its duration."""
-        assert call.seconds is not None
-        self._calls.observe((call.service, call.outcome), call.seconds)
+        key = (call.service, call.outcome)
+        (self._calls.get(key) or self._calls.of(key)).add(call.seconds or 0.0)
 
     def collect(self) -> Iterator[Metric]:
         """Every family, with the values of this moment. To be called where the client runs: on its event loop."""
@@ -149,17 +147,21 @@ class _Histogram:
         self.counts = [0] * (len(BUCKETS) + 1)
         self.sum = 0.0
 
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+
 
 class _Histograms(dict[tuple[object, ...], _Histogram]):
-    """The series of one family: by service, then by what else there is."""
+    """The series of one family: by service, perhaps by method, and by how it ended."""
 
-    def observe(self, key: tuple[object, ...], seconds: float) -> None:
-        series = self.get(key)
-        if series is None:
-            key = key if len(self) < MOST_SERIES else (OTHER,) * len(key)
-            series = self.setdefault(key, _Histogram())
-        series.counts[bisect_left(BUCKETS, seconds)] += 1
-        series.sum += seconds
+    def of(self, key: tuple[object, ...]) -> _Histogram:
+        """A new one, unless that would be for an unknown method, or one too many."""
+        service, *method, end = key
+        key = (service, *(each if each in METHODS else OTHER for each in method), end)
+        if key not in self and len(self) >= MOST_SERIES:
+            key = (OTHER,) * len(key)
+        return self.setdefault(key, _Histogram())
 
     def labelled(
         self, services: Iterable[str], last: Callable[[object], tuple[str, ...]]
