@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from registry.discovery.upstream import EndpointState, Explanation
+from registry.discovery.explanation import EndpointState, Explanation
 from registry.families import FAMILIES, MOST_INSTANCES, Family
 from registry.presence.health import find_state
 from registry.presence.registrar import Registrar
@@ -74,8 +74,9 @@ class Metrics(Observer, Collector):
             self._count(values, service, upstreams)
             self._measure(values, service, upstreams)
         if self._registrar is not None:
-            values["registry_registered"][()] = self._registrar.registered
-            for reason, times in self._registrar.registrations.items():
+            standing = self._registrar.standing
+            values["registry_registered"][()] = standing.registered
+            for reason, times in standing.registrations.items():
                 values["registry_registrations_total"][reason,] = times
         histograms = {
             "http_client_request_duration_seconds": self._attempts.labelled(services, _status_or_error),

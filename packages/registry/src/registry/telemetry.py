@@ -71,13 +71,12 @@ EventKind: TypeAlias = Literal[
 class ObservedCall:
     """One call, from its beginning on; a redirect within the service is a call of its own."""
 
-    __slots__ = ("attempts", "error", "method", "outcome", "seconds", "service", "started", "status", "url")
+    __slots__ = ("_url", "attempts", "error", "method", "outcome", "seconds", "service", "started", "status")
 
-    def __init__(self, service: str, method: str, url: str) -> None:
+    def __init__(self, service: str, method: str, url: str | Callable[[], str]) -> None:
         self.service = service
         self.method = method
-        self.url = url
-        """Without query and credentials."""
+        self._url = url
         self.started = time.monotonic()
         self.attempts = 0
         self.outcome: CallOutcome | None = None
@@ -87,6 +86,11 @@ class ObservedCall:
         self.error: BaseException | None = None
         self.seconds: float | None = None
         """Until the answer's head, or its end if the facade reads it."""
+
+    @property
+    def url(self) -> str:
+        """Without query and credentials; made when it is asked for: that takes longer than all else here."""
+        return self._url if isinstance(self._url, str) else self._url()
 
     def end(self, outcome: CallOutcome, seconds: float, status: int | None, error: BaseException | None) -> None:
         """It has ended so."""

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 
@@ -90,8 +91,7 @@ class Call:
         """How the attempt ended that failed last."""
         self.observed: ObservedCall | None = None
         if upstream.observers.of_calls:
-            url = request.url.copy_with(query=None, fragment=None, username=None, password=None)
-            self.observed = ObservedCall(upstream.pool.service, request.method, str(url))
+            self.observed = ObservedCall(upstream.pool.service, request.method, partial(_bare, request.url))
             upstream.observers.call_begun(self.observed)
 
     @property
@@ -177,6 +177,11 @@ class Call:
         for note in self.notes:
             self.outcome.add_note(note)
         raise self.outcome
+
+
+def _bare(url: httpx.URL) -> str:
+    """Without query and credentials."""
+    return str(url.copy_with(query=None, fragment=None, username=None, password=None))
 
 
 def status_and_error(result: httpx.Response | BaseException) -> tuple[int | None, BaseException | None]:
