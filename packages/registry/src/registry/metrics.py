@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from registry.discovery.explanation import EndpointState, Explanation
+from registry.discovery.explanation import Explanation
 from registry.families import FAMILIES, MOST_INSTANCES, Family
 from registry.presence.health import find_state
 from registry.presence.registrar import Registrar
@@ -54,14 +54,18 @@ class Metrics(Observer, Collector):
 
     def attempt_ended(self, attempt: ObservedAttempt) -> None:
         """Adds its duration."""
-        call, error = attempt.call, attempt.error
+        call, error, seconds = attempt.call, attempt.error, attempt.seconds or 0.0
         key = (call.service, call.method, attempt.status if error is None else type(error).__name__)
-        (self._attempts.get(key) or self._attempts.of(key)).add(attempt.seconds or 0.0)
+        series = self._attempts.get(key) or self._attempts.of(key)
+        series.counts[bisect_left(BUCKETS, seconds)] += 1
+        series.sum += seconds
 
     def call_ended(self, call: ObservedCall) -> None:
         """Adds its duration."""
-        key = (call.service, call.outcome)
-        (self._calls.get(key) or self._calls.of(key)).add(call.seconds or 0.0)
+        key, seconds = (call.service, call.outcome), call.seconds or 0.0
+        series = self._calls.get(key) or self._calls.of(key)
+        series.counts[bisect_left(BUCKETS, seconds)] += 1
+        series.sum += seconds
 
     def collect(self) -> Iterator[Metric]:
         """Every family, with the values of this moment. To be called where the client runs: on its event loop."""
@@ -103,19 +107,20 @@ class Metrics(Observer, Collector):
             for end, times in upstream.hedges.items():
                 _add(hedges, times, service, "true" if end == "won" else "false")
         endpoints = [endpoint for upstream in upstreams for endpoint in upstream.endpoints]
-        shown = self._show(service, endpoints)
-        attempts, ejections = values["registry_attempts_total"], values["registry_ejections_total"]
+        asked = [(endpoint.id, endpoint.outcomes) for endpoint in endpoints]
+        asked += [departed for upstream in upstreams for departed in upstream.departed.items()]
+        shown = self._show(service, [id_ for id_, _ in asked])
+        for id_, outcomes in asked:
+            for outcome, times in outcomes.items() if id_ in shown else ():
+                _add(values["registry_attempts_total"], times, service, id_, outcome)
         for endpoint in endpoints:
-            if endpoint.id in shown:
-                for outcome, times in endpoint.outcomes.items():
-                    _add(attempts, times, service, endpoint.id, outcome)
-                for because, times in endpoint.ejections.items():
-                    _add(ejections, times, service, endpoint.id, because)
-        values["registry_endpoints_omitted"][service,] = len({each.id for each in endpoints} - shown)
+            for outcome, times in endpoint.ejections.items() if endpoint.id in shown else ():
+                _add(values["registry_ejections_total"], times, service, endpoint.id, outcome)
+        values["registry_endpoints_omitted"][service,] = len({endpoint.id for endpoint in endpoints} - shown)
 
-    def _show(self, service: str, endpoints: Iterable[EndpointState]) -> set[str]:
-        """The ids that have series: who has one keeps it, or a counter would go back and forth."""
-        present = {endpoint.id: None for endpoint in endpoints}
+    def _show(self, service: str, ids: Iterable[str]) -> set[str]:
+        """Those that have series: who has one keeps it, or a counter would go back and forth."""
+        present = dict.fromkeys(ids)
         shown = self._shown.setdefault(service, set())
         shown &= present.keys()
         for id_ in present:
@@ -147,10 +152,6 @@ class _Histogram:
     def __init__(self) -> None:
         self.counts = [0] * (len(BUCKETS) + 1)
         self.sum = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(BUCKETS, seconds)] += 1
-        self.sum += seconds
 
 
 class _Histograms(dict[tuple[object, ...], _Histogram]):
