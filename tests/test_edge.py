@@ -105,6 +105,27 @@ async def test_strangers_set_no_deadline_and_no_retry_marker(
 
 
 @pytest.mark.parametrize("name", NAMES)
+async def test_strangers_see_nothing_of_what_operators_see(
+    consul_agent: ConsulAgent, tmp_path: Path, client: httpx.AsyncClient, name: str
+) -> None:
+    """On every port, metrics and state are 404, however their path is written; what only resembles them arrives."""
+    private = [
+        "/metrics",
+        "/metrics/",
+        "/metrics?x=1",
+        "/%6Detrics",
+        "//metrics",
+        "/registry/state",
+        "/registry%2Fstate",
+    ]
+    public = ["/metrics-of-cards", "/api/metrics"]
+    async with replicas(consul_agent, name, 1) as [replica], running_edge(consul_agent, tmp_path, name) as edge:
+        answers = [await client.get(edge.url(name) + path) for path in (*private, *public)]
+        assert [seen.target for seen in replica.seen] == [f"GET {path}" for path in public]
+    assert [answer.status_code for answer in answers] == [404] * len(private) + [200] * len(public)
+
+
+@pytest.mark.parametrize("name", NAMES)
 async def test_a_body_too_large_never_gets_in(
     consul_agent: ConsulAgent, tmp_path: Path, client: httpx.AsyncClient, name: str
 ) -> None:

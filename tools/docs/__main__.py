@@ -22,6 +22,7 @@ PUBLIC = (
     "registry",
     "registry.fastapi",
     "registry.logs",
+    "registry.metrics",
     "registry.conformance",
     "registry.testing.fixtures",
     "registry.testing.agent",

@@ -1,13 +1,14 @@
 """Makes a FastAPI app a service that others find while it can answer, and that can call them by name."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI
 from starlette.requests import HTTPConnection
+from starlette.routing import NoMatchFound
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.client import ServiceDiscoveryClient
@@ -99,8 +100,10 @@ def lifespan(
 
 def _about(app: FastAPI) -> dict[str, str]:
     """What Consul's users want to know of an instance, as metadata."""
-    measured = any(getattr(route, "path", None) == "/metrics" for route in app.routes)
-    return {"version": app.version} | ({"metrics_path": "/metrics"} if measured else {})
+    own = ["/metrics" for route in app.routes if getattr(route, "path", None) == "/metrics"]
+    with suppress(NoMatchFound):
+        own.append(str(app.url_path_for("registry_metrics")))  # Included routers do not show their paths.
+    return {"version": app.version} | ({"metrics_path": own[-1]} if own else {})
 
 
 @contextmanager
@@ -173,13 +176,13 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
         await problem(504, late)(scope, receive, send)
         return
 
-    async def send_and_release(message: Message) -> None:
+    def send_and_release(message: Message) -> Awaitable[None]:
         # The deadline is for the answer's beginning: what streams on may take its time, and so may what a task does
         # after the answer. Both see it, since they share what was imposed.
         imposed.deadline = None
-        await send(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
             imposed.is_retry = False
+        return send(message)
 
     before = context.inherited.set(imposed)
     try:
@@ -197,11 +200,11 @@ async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
     signature = (b"x-service-instance", registrar.instance_id.encode())
     may_close = scope["http_version"].startswith("1")  # RFC 9113, 8.2.2: no Connection header in HTTP/2
 
-    async def send_signed(message: Message) -> None:
+    def send_signed(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             closing = [(b"connection", b"close")] if registrar.leaving and may_close else []
             message["headers"] = [*message.get("headers", ()), signature, *closing]
-        await send(message)
+        return send(message)
 
     await app(scope, receive, send_signed)
 

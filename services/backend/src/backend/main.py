@@ -9,6 +9,7 @@ from backend.lifespan import keep
 from backend.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 from registry.logs import setup_logging
+from registry.metrics import metrics_router
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -26,6 +27,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router(database=database.ping))
+    app.include_router(metrics_router())
     app.include_router(routes.router)
     return app
 

@@ -11,6 +11,7 @@ from orchestrator.registry import ConsulSettings, ServiceRegistry
 from orchestrator.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 from registry.logs import setup_logging
+from registry.metrics import metrics_router
 
 
 @asynccontextmanager
@@ -33,6 +34,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router())
+    app.include_router(metrics_router())
     app.include_router(routes.router)
     return app
 

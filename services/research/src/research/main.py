@@ -4,6 +4,7 @@ from fastapi import FastAPI
 
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 from registry.logs import setup_logging
+from registry.metrics import metrics_router
 from research import clients, routes
 from research.settings import Settings
 
@@ -16,6 +17,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RegistryMiddleware)
     add_problem_handlers(app)
     app.include_router(health_router())
+    app.include_router(metrics_router())
     app.include_router(routes.router)
     return app
 
