@@ -22,6 +22,7 @@ PUBLIC = (
     "registry",
     "registry.fastapi",
     "registry.conformance",
+    "registry.tracing",
     "registry.testing.fixtures",
     "registry.testing.agent",
     "registry.testing.instances",
