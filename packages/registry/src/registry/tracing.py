@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 from contextvars import Token
 from functools import cache
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 
 from registry.errors import InvalidInputError
 from registry.settings import ServiceSettings
@@ -55,7 +55,7 @@ class TracingObserver(Observer):
     def __init__(self, provider: trace.TracerProvider | None = None) -> None:
         """``provider``: by default the global one, set now or later."""
         self._provider = trace.get_tracer_provider() if provider is None else provider
-        self._tracer = self._provider.get_tracer("registry", version("registry"))
+        self._tracer = self._provider.get_tracer("registry")
         self._calls: dict[ObservedCall, tuple[Span, Context]] = {}
         self._attempts: dict[ObservedAttempt, tuple[Span, Token[Context]]] = {}
         self.instance_id: str | None = None
