@@ -129,7 +129,11 @@ async def scene(*handlers: Handler, dead: bool = False, **options: Any) -> Async
         provider, exporter = TracerProvider(shutdown_on_exit=False), InMemorySpanExporter()
         provider.add_span_processor(SimpleSpanProcessor(exporter))
         resolver = StaticResolver({"cards": instances})
-        chosen = {"retry_delay": 0.0, "policy": in_order, "observer": TracingObserver(provider)} | options
+        chosen: dict[str, Any] = {
+            "retry_delay": 0.0,
+            "policy": in_order,
+            "observer": TracingObserver(provider),
+        } | options
         async with ServiceDiscoveryClient(resolver, **chosen) as client:
             yield Scene(client, servers, provider, exporter)
 
