@@ -9,7 +9,13 @@ from registry import ServiceSettings
 from registry.fastapi import DiscoveryClient, RegistryMiddleware, health_router, lifespan
 from registry.tracing import server_telemetry, set_up_tracing
 
-settings = ServiceSettings(name="traced-api", port=8009, drain_seconds=0)
+
+class Settings(ServiceSettings):
+    name: str = "traced-api"
+    port: int = 8009
+
+
+settings = Settings()
 app = FastAPI(
     telemetry=server_telemetry(settings),
     lifespan=lifespan(settings, upstreams=["traced-api"], observer=set_up_tracing(settings)),

@@ -12,6 +12,7 @@ from contextlib import suppress
 from contextvars import Token
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Self
 
 from registry.errors import InvalidInputError
 from registry.settings import ServiceSettings
@@ -49,7 +50,8 @@ class TracingObserver(Observer):
 
     The spans' parent is the span that is current where the call is made. Each attempt carries ``traceparent``,
     ``tracestate`` and ``baggage`` of its own, or what else ``OTEL_PROPAGATORS`` names, once. What instruments httpx
-    makes no second span of it.
+    makes no second span of it. It is an asynchronous context manager, too, which exports the last spans at its end;
+    ``lifespan`` enters it.
     """
 
     def __init__(self, provider: trace.TracerProvider | None = None) -> None:
@@ -127,8 +129,11 @@ class TracingObserver(Observer):
         if event.kind == "registered":
             self.instance_id = event.instance
 
-    async def aclose(self) -> None:
-        """Exports what has ended, for at most 2 s; spans may follow, as when an app starts anew."""
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Exports what has ended, for at most 2 s. Spans may follow, as when an app starts anew."""
         flush = getattr(self._provider, "force_flush", None)
         if flush is None:
             return
