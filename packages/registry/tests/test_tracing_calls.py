@@ -272,20 +272,26 @@ async def test_deadline_passed_before() -> None:
 @pytest.mark.parametrize("own", [None, "traceparent", "Traceparent"])
 @pytest.mark.parametrize("transport", [None, httpx.AsyncHTTPTransport], ids=["h11", "httpx"])
 async def test_one_traceparent_on_the_wire(transport: Callable[[], Any] | None, own: str | None) -> None:
-    """Each attempt says its own, once, whatever the caller said itself; so do retries, hedges and redirects."""
+    """Each attempt says its own, once, whatever the caller said itself; so do retries, hedges, redirects, uploads."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"piece"
+
     headers = {} if own is None else {own: OWN}
     options = {"hedge": True, "transport": transport and transport()}
-    async with scene(after_warm_up(silent, 23), slash, dead=True, **options) as seen:
+    async with scene(after_warm_up(silent, 25), slash, dead=True, **options) as seen:
         for _ in range(20):
             await seen.client.get("cards", "/a", headers=headers)
         for path in ("/a", "/items"):
             await seen.client.get("cards", path, headers=headers)
         await seen.client.http.get("http://cards/a", headers=headers)
+        await seen.client.post("cards", "/a", json={}, headers=headers)
+        await seen.client.post("cards", "/a", content=pieces(), headers=headers)
         await seen.client.get("cards", "/a", headers=headers)
         await seen.client.get("cards", "/items", headers=headers)
         said = seen.traceparents()
         assert OWN not in said
-        assert len(set(said)) == len(said) > 25
+        assert len(set(said)) == len(said) > 27
         assert set(said) < set(seen.attempts())  # those that were refused said nothing
 
 
