@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from registry.model import Instance
 
@@ -26,11 +26,13 @@ __all__ = [
     "Observers",
     "PickReason",
     "background_context",
-    "observers",
     "prepare_background",
 ]
 
 logger = logging.getLogger("registry")
+
+_News = TypeVar("_News")
+_METHODS = ("call_begun", "call_ended", "attempt_begun", "attempt_ended", "happened")
 
 CallOutcome: TypeAlias = Literal["ok", "status", "no_instance", "failing_fast", "deadline", "cancelled", "error"]
 """``status``: an answer of 400 or above. ``error``: what the last attempt raised, or the source of the body."""
@@ -39,7 +41,8 @@ AttemptOutcome: TypeAlias = Literal[
 ]
 """``status``: an answer that counts as a failure, by default a 5xx. ``cancelled``: by the caller, or a hedge that lost.
 
-``not_sent``: for a reason that does not speak against the instance. ``error``: for one that nobody knows.
+``not_sent``: for a reason that does not speak against the instance. ``error``: anything else, as what the source of
+the body raised.
 """
 PickReason: TypeAlias = Literal[
     "p2c_cost", "p2c_turn", "policy", "only", "probe", "half_open", "trusted", "last_resort"
@@ -85,29 +88,44 @@ class ObservedCall:
         self.seconds: float | None = None
         """Until the answer's head, or its end if the facade reads it."""
 
+    def end(self, outcome: CallOutcome, seconds: float, status: int | None, error: BaseException | None) -> None:
+        """It has ended so."""
+        self.outcome, self.seconds, self.status, self.error = outcome, seconds, status, error
+
 
 class ObservedAttempt:
     """One attempt of a call; ``headers`` are sent in place of the caller's own of the same name."""
 
-    __slots__ = (
-        "call", "error", "headers", "hedge", "instance", "number", "outcome", "reason", "seconds", "status",
-    )  # fmt: skip
+    __slots__ = ("call", "error", "headers", "hedge", "instance", "number", "outcome", "reason", "seconds", "status")
 
     def __init__(
-        self, call: ObservedCall, number: int, instance: Instance, reason: PickReason, headers: dict[str, str]
+        self,
+        call: ObservedCall,
+        number: int,
+        instance: Instance,
+        reason: PickReason,
+        headers: dict[str, str],
+        *,
+        hedge: bool = False,
     ) -> None:
+        call.attempts = number
         self.call = call
         self.number = number
         """1-based: one above the number of resends so far."""
         self.instance = instance
         self.reason = reason
         self.headers = headers
-        self.hedge = False
+        self.hedge = hedge
         """Whether it was sent because the one before took long."""
         self.outcome: AttemptOutcome | None = None
+        """None until it has ended; so are the next three."""
         self.status: int | None = None
         self.error: BaseException | None = None
         self.seconds: float | None = None
+
+    def end(self, outcome: AttemptOutcome, seconds: float, status: int | None, error: BaseException | None) -> None:
+        """It has ended so."""
+        self.outcome, self.seconds, self.status, self.error = outcome, seconds, status, error
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +170,28 @@ class Observer:
 class Observers(Observer):
     """Several as one: tells each what it has a method for."""
 
-    def __init__(self, *several: Observer) -> None:
-        each = [one for other in several for one in (other.each if isinstance(other, Observers) else (other,))]
-        self.each = tuple(each)
-        self._call_begun = [one.call_begun for one in each if _overrides(one, "call_begun")]
-        self._call_ended = [one.call_ended for one in each if _overrides(one, "call_ended")]
-        self._attempt_begun = [one.attempt_begun for one in each if _overrides(one, "attempt_begun")]
-        self._attempt_ended = [one.attempt_ended for one in each if _overrides(one, "attempt_ended")]
-        self._happened = [one.happened for one in each if _overrides(one, "happened")]
+    def __init__(self, *several: Observer | None) -> None:
+        self.each: list[Observer] = []
+        self.of_calls = self.of_events = False
+        """Whether anybody wants to hear of calls and attempts; of events."""
+        self._call_begun: list[Callable[[ObservedCall], None]] = []
+        self._call_ended: list[Callable[[ObservedCall], None]] = []
+        self._attempt_begun: list[Callable[[ObservedAttempt], None]] = []
+        self._attempt_ended: list[Callable[[ObservedAttempt], None]] = []
+        self._happened: list[Callable[[Event], None]] = []
+        for one in several:
+            self.add(one)
+
+    def add(self, observer: Observer | None) -> None:
+        """Tells this one, too, from now on; once, however often it is added."""
+        for one in observer.each if isinstance(observer, Observers) else [observer]:
+            if one is None or one in self.each:
+                continue
+            self.each.append(one)
+            for method in _METHODS:
+                if getattr(type(one), method, None) is not getattr(Observer, method):
+                    getattr(self, f"_{method}").append(getattr(one, method))
         self.of_calls = bool(self._call_begun or self._call_ended or self._attempt_begun or self._attempt_ended)
-        """Whether anybody wants to hear of calls and attempts."""
         self.of_events = bool(self._happened)
 
     def call_begun(self, call: ObservedCall) -> None:
@@ -180,21 +210,17 @@ class Observers(Observer):
         _tell(self._happened, event)
 
 
-def observers(observer: Observer | None) -> Observers:
-    """What the package itself holds: nobody, or one that harms no call."""
-    return observer if isinstance(observer, Observers) else Observers(*(() if observer is None else (observer,)))
-
-
 class Journal(Observer):
-    """The last events, numbered from 1 on."""
+    """The last events, numbered from 1 on; without probes, which would leave room for nothing else."""
 
     def __init__(self, size: int = 200) -> None:
         self._events: deque[tuple[int, Event]] = deque(maxlen=size)
         self._number = 0
 
     def happened(self, event: Event) -> None:
-        self._number += 1
-        self._events.append((self._number, event))
+        if event.kind != "probed":
+            self._number += 1
+            self._events.append((self._number, event))
 
     def __iter__(self) -> Iterator[tuple[int, Event]]:
         return iter(tuple(self._events))
@@ -216,11 +242,7 @@ def background_context() -> contextvars.Context:
     return context
 
 
-def _overrides(observer: Observer, method: str) -> bool:
-    return getattr(type(observer), method, None) is not getattr(Observer, method)
-
-
-def _tell(methods: list[Callable[[object], None]], news: object) -> None:
+def _tell(methods: list[Callable[[_News], None]], news: _News) -> None:
     for method in methods:
         try:
             method(news)
