@@ -44,9 +44,9 @@ class Traced:
         self.observer.call_begun(call)
         return call
 
-    def attempt(self, call: ObservedCall, instance: Instance = ONE) -> ObservedAttempt:
-        call.attempts += 1
-        attempt = ObservedAttempt(call, call.attempts, instance, "p2c_cost", {"x-request-deadline": "1"})
+    def attempt(self, call: ObservedCall, instance: Instance = ONE, *, hedge: bool = False) -> ObservedAttempt:
+        headers = {"x-request-deadline": "1"}
+        attempt = ObservedAttempt(call, call.attempts + 1, instance, "p2c_cost", headers, hedge=hedge)
         self.observer.attempt_begun(attempt)
         return attempt
 
@@ -162,8 +162,7 @@ async def test_a_lost_hedge_is_no_error(traced: Traced) -> None:
     call = traced.begin()
 
     async def send(instance: Instance, outcome: AttemptOutcome, *, hedge: bool) -> None:
-        attempt = traced.attempt(call, instance)
-        attempt.hedge = hedge
+        attempt = traced.attempt(call, instance, hedge=hedge)
         await asyncio.sleep(0)
         traced.end_attempt(attempt, outcome, 200 if outcome == "ok" else None)
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from contextvars import Token
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Self
+from typing import Self, TypeAlias
 
 from registry.errors import InvalidInputError
 from registry.settings import ServiceSettings
@@ -38,6 +38,8 @@ except ModuleNotFoundError as error:
 __all__ = ["TracingObserver", "server_telemetry", "set_up_tracing"]
 
 logger = logging.getLogger("registry")
+
+_Attributes: TypeAlias = dict[str, str | int | bool]
 
 _FLUSH = 2.0
 """Seconds that a collector which does not answer may delay the end of a service."""
@@ -77,21 +79,23 @@ class TracingObserver(Observer):
 
     def call_ended(self, call: ObservedCall) -> None:
         span, _ = self._calls.pop(call, (None, None))
-        if span is None:
-            return
-        if span.is_recording():
-            span.set_attributes({"registry.attempts": call.attempts, "registry.outcome": call.outcome or "error"})
-            if call.outcome not in {"ok", "cancelled"}:
-                _mark_failed(span, call.outcome, call.status, call.error)
-        span.end()
+        if span is not None and span.is_recording():
+            said: _Attributes = {"registry.attempts": call.attempts, "registry.outcome": call.outcome or "error"}
+            failed = call.outcome not in {"ok", "cancelled"}
+            _end(span, said, call.status, call.error, failed=failed)
 
     def attempt_begun(self, attempt: ObservedAttempt) -> None:
         if attempt.call not in self._calls:  # It began before anybody observed it.
             return
-        _, within = self._calls[attempt.call]
+        whole, within = self._calls[attempt.call]
+        if not whole.is_recording():
+            # Nor would the attempt be: what identifies the call will do, and costs half as much.
+            propagate.inject(attempt.headers, within)
+            self._attempts[attempt] = whole, contexts.attach(within)
+            return
         method, instance = attempt.call.method, attempt.instance
         known = method in _METHODS
-        attributes: dict[str, str | int | bool] = {
+        attributes: _Attributes = {
             "http.request.method": method if known else "_OTHER",
             "server.address": attempt.call.service,
             "url.full": attempt.call.url,
@@ -104,6 +108,8 @@ class TracingObserver(Observer):
             attributes["http.request.method_original"] = method
         if attempt.number > 1:
             attributes["http.request.resend_count"] = attempt.number - 1
+        if attempt.hedge:
+            attributes["registry.hedge"] = True
         span = self._tracer.start_span(method if known else "HTTP", within, SpanKind.CLIENT, attributes)
         current = trace.set_span_in_context(span, within)
         propagate.inject(attempt.headers, current)
@@ -115,15 +121,12 @@ class TracingObserver(Observer):
             return
         contexts.detach(token)
         if span.is_recording():
-            span.set_attribute("registry.outcome", attempt.outcome or "error")
-            if attempt.hedge:
-                span.set_attribute("registry.hedge", True)
+            said: _Attributes = {"registry.outcome": attempt.outcome or "error"}
             if attempt.status is not None:
-                span.set_attribute("http.response.status_code", attempt.status)
+                said["http.response.status_code"] = attempt.status
             # "SHOULD be set to Error" for a client's 4xx, too, whatever the retry policy makes of it.
-            if attempt.outcome != "cancelled" and (attempt.outcome != "ok" or (attempt.status or 0) >= 400):
-                _mark_failed(span, attempt.outcome, attempt.status, attempt.error)
-        span.end()
+            failed = attempt.outcome not in {"ok", "cancelled"} or (attempt.status or 0) >= 400
+            _end(span, said, attempt.status, attempt.error, failed=failed)
 
     def happened(self, event: Event) -> None:
         if event.kind == "registered":
@@ -153,13 +156,13 @@ class TracingObserver(Observer):
             logger.warning("the collector of traces does not answer: the last ones are lost")
 
 
-def _mark_failed(span: Span, outcome: str | None, status: int | None, error: BaseException | None) -> None:
-    if error is not None and outcome != "status":
-        span.set_attribute("error.type", type(error).__name__)
-        span.set_status(StatusCode.ERROR, str(error))
-    else:
-        span.set_attribute("error.type", str(status) if status is not None else outcome or "error")
-        span.set_status(StatusCode.ERROR)
+def _end(span: Span, said: _Attributes, status: int | None, error: BaseException | None, *, failed: bool) -> None:
+    if failed:
+        kind = type(error).__name__ if error is not None else str(status or said["registry.outcome"])
+        said["error.type"] = kind
+        span.set_status(StatusCode.ERROR, None if error is None else str(error))
+    span.set_attributes(said)  # At once: each call of it takes a lock.
+    span.end()
 
 
 @cache
