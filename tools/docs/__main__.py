@@ -24,6 +24,7 @@ PUBLIC = (
     "registry.logs",
     "registry.metrics",
     "registry.conformance",
+    "registry.tracing",
     "registry.testing.fixtures",
     "registry.testing.agent",
     "registry.testing.instances",

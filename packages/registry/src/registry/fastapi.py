@@ -61,7 +61,7 @@ def lifespan(
     Consul answers within 2 s. ``inner``: the app's own lifespan, entered first and left last. ``consul``: by default
     taken from the environment. ``client``: builds the client from a resolver, for options that ``settings`` does not
     have: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``. ``observer``: is told of calls, instances
-    and this one's registration (``registry.telemetry``).
+    and this one's registration (``registry.telemetry``); one that is an asynchronous context manager is entered first.
 
     Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
@@ -78,6 +78,9 @@ def lifespan(
         connection, journal = consul or ConsulSettings(), Journal()
         told = Observers(journal, observer)
         async with AsyncExitStack() as stack:
+            for one in told.each:
+                if isinstance(one, AbstractAsyncContextManager):
+                    await stack.enter_async_context(one)
             state = await stack.enter_async_context(inner(app)) if inner else None
             if hasattr(app.state, "registrar"):
                 raise InvalidInputError(

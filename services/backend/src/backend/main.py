@@ -10,6 +10,7 @@ from backend.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 from registry.logs import setup_logging
 from registry.metrics import metrics_router
+from registry.tracing import server_telemetry, set_up_tracing
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -19,7 +20,13 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB
-        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=keep(database, settings.key_age)),
+        telemetry=server_telemetry(settings),
+        lifespan=lifespan(
+            settings,
+            upstreams=clients.UPSTREAMS,
+            observer=set_up_tracing(settings),
+            inner=keep(database, settings.key_age),
+        ),
     )
     app.state.settings = settings
     app.state.database = database

@@ -12,6 +12,7 @@ from orchestrator.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
 from registry.logs import setup_logging
 from registry.metrics import metrics_router
+from registry.tracing import server_telemetry, set_up_tracing
 
 
 @asynccontextmanager
@@ -27,7 +28,10 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB
-        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=open_registry),
+        telemetry=server_telemetry(settings),
+        lifespan=lifespan(
+            settings, upstreams=clients.UPSTREAMS, observer=set_up_tracing(settings), inner=open_registry
+        ),
     )
     app.state.settings = settings
     app.add_middleware(RegistryMiddleware, trust_caller=False)
