@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, routing
 from starlette.requests import HTTPConnection
-from starlette.routing import NoMatchFound
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.client import ServiceDiscoveryClient
@@ -23,6 +22,7 @@ from registry.presence.health import ROOT, Check, DegradedError, find_state, hea
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.state import STATE_PATH, state_router
 from registry.telemetry import Journal, Observer, Observers
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "lifespan",
     "problem",
     "problem_responses",
+    "state_router",
 ]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
@@ -103,10 +104,12 @@ def lifespan(
 
 def _about(app: FastAPI) -> dict[str, str]:
     """What Consul's users want to know of an instance, as metadata."""
-    own = ["/metrics" for route in app.routes if getattr(route, "path", None) == "/metrics"]
-    with suppress(NoMatchFound):
-        own.append(str(app.url_path_for("registry_metrics")))  # Included routers do not show their paths.
-    return {"version": app.version} | ({"metrics_path": own[-1]} if own else {})
+    # Newer releases of FastAPI keep the routes of an included router in one of their own.
+    each_route = getattr(routing, "iter_route_contexts", iter)
+    paths = [path for route in each_route(app.routes) if isinstance(path := getattr(route, "path", None), str)]
+    told = {"metrics_path": "/metrics", "state_path": STATE_PATH}
+    found = {name: next((path for path in paths if path.endswith(end)), "") for name, end in told.items()}
+    return {"version": app.version} | {name: path for name, path in found.items() if path}
 
 
 @contextmanager

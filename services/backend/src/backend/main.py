@@ -7,7 +7,7 @@ from backend.database import Database
 from backend.errors import add_error_handlers
 from backend.lifespan import keep
 from backend.settings import Settings
-from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan, state_router
 from registry.logs import setup_logging
 from registry.metrics import metrics_router
 from registry.tracing import server_telemetry, set_up_tracing
@@ -35,6 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_error_handlers(app)
     app.include_router(health_router(database=database.ping))
     app.include_router(metrics_router())
+    app.include_router(state_router())
     app.include_router(routes.router)
     return app
 

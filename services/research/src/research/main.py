@@ -2,7 +2,7 @@
 
 from fastapi import FastAPI
 
-from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan, state_router
 from registry.logs import setup_logging
 from registry.metrics import metrics_router
 from registry.tracing import server_telemetry, set_up_tracing
@@ -24,6 +24,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_problem_handlers(app)
     app.include_router(health_router())
     app.include_router(metrics_router())
+    app.include_router(state_router())
     app.include_router(routes.router)
     return app
 

@@ -24,7 +24,7 @@ from registry.errors import (
 from registry.model import LeftOut, Snapshot, View
 from registry.telemetry import Event, Observers
 
-__all__ = ["Watch"]
+__all__ = ["WAIT", "TokenBucket", "Watch"]
 
 logger = logging.getLogger("registry")
 
@@ -61,7 +61,7 @@ class Watch:
         self._told: frozenset[LeftOut] = frozenset()
         self._failures = 0
         self._backoff = Backoff(base=0.1, cap=2.0)
-        self._rate = _TokenBucket(per_second=5, burst=20)
+        self._rate = TokenBucket(per_second=5, burst=20)
         self.answered = asyncio.Event()
         """Set once Consul said anything, be it an error."""
         self.snapshot: Snapshot = ()
@@ -202,7 +202,7 @@ class Watch:
         await self._sleep(self._backoff.delay(self._failures))
 
 
-class _TokenBucket:
+class TokenBucket:
     """Lets a burst through at once, and holds a stream to a rate."""
 
     def __init__(self, per_second: float, burst: int) -> None:
@@ -217,3 +217,7 @@ class _TokenBucket:
         self._tokens = min(self._burst, self._tokens + (now - self._updated) * self._per_second) - 1
         self._updated = now
         return max(0.0, -self._tokens / self._per_second)
+
+    async def pause(self) -> None:
+        """Waits for so long."""
+        await asyncio.sleep(self.delay())
