@@ -145,6 +145,6 @@ def uvicorn_command(app: str, port: int) -> list[str]:
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """The environment of the demo without what the user's shell says of services and Consul, plus ``variables``."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "CONSUL_"))}
+    """The environment without what the user's shell says of services, Consul and traces, plus ``variables``."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "CONSUL_", "OTEL_"))}
     return kept | variables

@@ -1,7 +1,7 @@
 """What Prometheus and Jaeger say of the system is what happened in it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import httpx
@@ -114,20 +114,21 @@ def test_figures_are_those_of_the_load(observed: Collectors, system: System, sce
     scene.saw(f"{CALLS} calls, {retried:.0f} repeated: the same in Prometheus, per instance")
 
 
-def find(system: System, observed: Collectors, since: float, wanted: str) -> list[Span]:
-    """The spans of a publish of this time in which `wanted` stands in a tag's name; Raises: TimeoutError."""
+def find(observed: Collectors, since: float, wanted: Callable[[Span], bool]) -> list[Span]:
+    """The spans of a publish of this time, of which one is wanted. Raises: TimeoutError."""
     found: list[list[Span]] = []
 
     def look() -> bool:
+        traces = observed.traces(ORCHESTRATOR, since)
+        everybody = {service.name for service in SERVICES}
         found[:] = [
-            trace
-            for trace in observed.traces(ORCHESTRATOR, since)
-            if {span.service for span in trace} >= {service.name for service in SERVICES}
-            and any(wanted in span.tags for span in trace)
+            spans for spans in traces if {span.service for span in spans} >= everybody and any(map(wanted, spans))
         ]
         return bool(found)
 
-    wait_until(look, EXPORT_SECONDS, f"a trace of all services with {wanted}")
+    wait_until(
+        look, EXPORT_SECONDS, "a trace of all services with that span", lambda: observed.traces(ORCHESTRATOR, since)
+    )
     return found[0]
 
 
@@ -135,7 +136,7 @@ def test_a_publish_is_one_trace(observed: Collectors, system: System, scene: Row
     """Jaeger has a publish as one trace of three services."""
     since = now()
     publish(system).raise_for_status()
-    spans = find(system, observed, since, "http.route")
+    spans = find(observed, since, lambda span: span.kind == "server")
     known = {span.id: span for span in spans}
     roots = [span for span in spans if span.parent not in known]
     assert [(root.service, root.kind) for root in roots] == [(ORCHESTRATOR, "server")]
@@ -158,9 +159,13 @@ def test_a_failed_attempt_is_in_the_trace(observed: Collectors, system: System, 
     hit.container.kill()
     for _ in range(20):
         publish(system).raise_for_status()
-    spans = find(system, observed, since, "error.type")
-    failed = next(span for span in spans if span.kind == "client" and "error.type" in span.tags)
-    assert failed.tags["registry.instance.id"] == instance
+
+    def failed_there(span: Span) -> bool:
+        return "error.type" in span.tags and span.tags.get("registry.instance.id") == instance
+
+    spans = find(observed, since, failed_there)
+    failed = next(filter(failed_there, spans))
+    assert failed.kind == "client"
     siblings = [span for span in spans if span.parent == failed.parent and span.kind == "client"]
     resent = next(span for span in siblings if "http.request.resend_count" in span.tags)
     assert resent.tags["http.request.resend_count"] == 1
