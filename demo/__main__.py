@@ -106,7 +106,7 @@ def _print_urls(ports: Ports, console: Console) -> None:
     for name, port in ports.services.items():
         console.print(f"{name:<17} http://localhost:{port}/docs", soft_wrap=True)
     console.print(f"{'Consul':<17} http://localhost:{ports.consul}/ui", soft_wrap=True)
-    console.print(f"{'All of it':<17} http://localhost:{ports.services['orchestrator-api']}/", soft_wrap=True)
+    console.print(f"{'Who calls whom':<17} http://localhost:{ports.services['orchestrator-api']}/", soft_wrap=True)
 
 
 def _stay_until_interrupted(system: System, path: str, live: Live, console: Console) -> None:
