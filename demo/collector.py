@@ -1,7 +1,7 @@
 """A collector of traces inside this process: keeps the spans that are exported to it by OTLP over HTTP."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -72,8 +72,8 @@ def _span(service: str, span: trace_pb2.Span) -> Span:
     )
 
 
-def _plain(attributes: Iterator[KeyValue]) -> dict[str, str | int | bool]:
-    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in attributes}
+def _plain(attributes: Iterable[KeyValue]) -> dict[str, str | int | bool]:
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value") or "string_value") for pair in attributes}
 
 
 @contextmanager
