@@ -22,6 +22,7 @@ from registry.presence.health import ROOT, Check, DegradedError, find_state, hea
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.telemetry import Journal, Observer, Observers
 
 __all__ = [
     "Check",
@@ -47,6 +48,7 @@ def lifespan(
     consul: ConsulSettings | None = None,
     inner: Lifespan | None = None,
     client: ClientFactory | None = None,
+    observer: Observer | None = None,
 ) -> Lifespan:
     """The lifespan of a registered service: ``FastAPI(lifespan=lifespan(settings))``.
 
@@ -57,7 +59,8 @@ def lifespan(
     ``upstreams``: services that this one calls. Their instances are known before the first request, provided that
     Consul answers within 2 s. ``inner``: the app's own lifespan, entered first and left last. ``consul``: by default
     taken from the environment. ``client``: builds the client from a resolver, for options that ``settings`` does not
-    have: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``.
+    have: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``. ``observer``: is told of calls, instances
+    and this one's registration (``registry.telemetry``).
 
     Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
@@ -71,7 +74,8 @@ def lifespan(
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[Any]:
-        connection = consul or ConsulSettings()
+        connection, journal = consul or ConsulSettings(), Journal()
+        told = Observers(journal, observer)
         async with AsyncExitStack() as stack:
             state = await stack.enter_async_context(inner(app)) if inner else None
             if hasattr(app.state, "registrar"):
@@ -79,11 +83,12 @@ def lifespan(
                     f"this app registers itself under another name already, so not as {settings.name!r}, too: run it "
                     "once for each name, or register the second with ServiceRegistry.register_service"
                 )
-            resolver = ConsulResolver(connection, upstreams=upstreams)
+            resolver = ConsulResolver(connection, upstreams=upstreams, observer=told)
             caller = await stack.enter_async_context(make(resolver))
+            caller.observe(told)
             await resolver.start()
-            registrar = Registrar(settings, connection, about=_about(app))
-            stack.enter_context(_known(app, registrar, caller))
+            registrar = Registrar(settings, connection, about=_about(app), observer=told)
+            stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
                 yield state
@@ -98,21 +103,23 @@ def _about(app: FastAPI) -> dict[str, str]:
 
 
 @contextmanager
-def _known(app: FastAPI, registrar: Registrar, client: ServiceDiscoveryClient) -> Iterator[None]:
-    """Within it, requests find both: at the app, and by it from the apps that are mounted in it."""
+def _known(app: FastAPI, **parts: object) -> Iterator[None]:
+    """Within it, requests find these: at the app, and by it from the apps that are mounted in it."""
     stack = app.middleware_stack or app.build_middleware_stack()
 
     async def with_root(scope: Scope, receive: Receive, send: Send) -> None:
         scope[ROOT] = app
         await stack(scope, receive, send)
 
-    app.state.registrar, app.state.discovery_client = registrar, client
+    for name, part in parts.items():
+        setattr(app.state, name, part)
     app.middleware_stack, whole = with_root, app.middleware_stack
     try:
         yield
     finally:
         app.middleware_stack = whole
-        del app.state.registrar, app.state.discovery_client
+        for name in parts:
+            delattr(app.state, name)
 
 
 class RegistryMiddleware:

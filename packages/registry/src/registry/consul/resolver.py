@@ -1,7 +1,6 @@
 """A live view of the instances of services: one blocking query per (service, tag), answers from memory."""
 
 import asyncio
-import contextvars
 import os
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from registry.consul.watch import Watch
 from registry.errors import RegistryUnavailableError
 from registry.model import Snapshot, View
 from registry.settings import ConsulSettings
+from registry.telemetry import Observer, Observers, background_context
 from registry.validation import check_known_service, check_tag
 
 __all__ = ["ConsulResolver"]
@@ -22,6 +22,7 @@ class ConsulResolver:
     The first question about a service waits for Consul, at most ``first_answer_timeout`` seconds; others never wait.
     Services in ``upstreams`` are watched from ``start`` until the end. Any other watch ends after ``idle_timeout``
     seconds without a question; when there are ``max_watches``, a new one replaces the least recently used.
+    ``observer``: is told when a watch is lost, is back, or brings a change.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ConsulResolver:
         first_answer_timeout: float = 2.0,
         idle_timeout: float = 300.0,
         max_watches: int = 100,
+        observer: Observer | None = None,
     ) -> None:
         self.settings = settings or ConsulSettings()
         self._upstreams = frozenset(check_known_service(name).lower() for name in upstreams)
@@ -42,6 +44,7 @@ class ConsulResolver:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = os.getpid()
         self._watches: dict[tuple[str, str | None], Watch] = {}
+        self._observers = Observers(observer)
 
     def resolve(self, service: str, tag: str | None = None) -> Snapshot | None:
         if self._process != os.getpid():
@@ -98,10 +101,10 @@ class ConsulResolver:
             if tag is not None:
                 check_tag(tag)
             self._make_room()
-            watch = self._watches[key] = Watch(self._consul, key[0], tag)
+            watch = self._watches[key] = Watch(self._consul, key[0], tag, observers=self._observers)
             # An empty context: the watch must not carry the first caller's trace or request for ever.
             watch.task = loop.create_task(
-                self._run(key, watch), name=f"registry watch {key[0]}", context=contextvars.Context()
+                self._run(key, watch), name=f"registry watch {key[0]}", context=background_context()
             )
         return self._watches[key]
 
