@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from registry.families import FAMILIES
 from tests.programs import find_promtool
 from tools.services import ROOT
 
@@ -49,6 +50,23 @@ def test_a_rule_that_is_changed_is_noticed(rule: dict[str, Any], tmp_path: Path)
     done = promtool("test", "rules", "scenes.yml", folder=tmp_path)
     assert done.returncode != 0
     assert f"alertname: {rule['alert']}" in done.stdout + done.stderr
+
+
+def test_what_rules_look_at_is_measured() -> None:
+    """Rules and scenes name families that there are, and labels that these have or that Prometheus adds."""
+    families = {family.name: {*family.labels, "exported_instance", "instance", "job"} for family in FAMILIES}
+    scenes = [
+        series["series"] for scene in yaml.safe_load(SCENES.read_text())["tests"] for series in scene["input_series"]
+    ]
+    for expression in [*(rule["expr"] for rule in rules()), *scenes]:
+        names = re.findall(r"\bregistry_\w+", expression)
+        assert names
+        labels = {
+            label
+            for group in re.findall(r"by \((.*?)\)|\{(.*?)\}", expression)
+            for label in re.findall(r"(\w+)(?==|,|$)", re.sub(r'=~?"[^"]*"', "=", "".join(group)).replace(" ", ""))
+        }
+        assert labels <= set().union(*(families[name] for name in names)), expression
 
 
 def test_the_page_has_every_rule() -> None:
