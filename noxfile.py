@@ -114,7 +114,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def up(session: nox.Session) -> None:
-    """Start the system in containers; `-- --backends 5` scales it further."""
+    """Start the system in containers; `-- --backends 5` scales it, `-- --observe` adds Prometheus and Jaeger."""
     install(session)
     session.run("python", "-m", "deploy.compose.up", *session.posargs)
 
@@ -129,7 +129,7 @@ def down(session: nox.Session) -> None:
 def images(session: nox.Session) -> None:
     """Make the base images from Debian's packages, where no official ones can be pulled; only what is missing."""
     install(session)
-    session.run("python", "-m", "deploy.compose.images")
+    session.run("python", "-m", "deploy.compose.images", *session.posargs)
 
 
 @nox.session(name="new-service")
