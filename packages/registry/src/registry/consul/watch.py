@@ -157,7 +157,7 @@ class Watch:
         self._last_index = index
         self.heard_at = time.monotonic()
         if self.error is not None:
-            logger.info("consul answers again", extra={"service": self._service})
+            logger.info("Consul answers again about %s", self._service, extra={"service": self._service})
             self._observers.happened(Event("watch_back", self._service))
         self.error, self._failures = None, 0
         self.registered, self.maintained = listing.registered, listing.maintained
@@ -185,10 +185,13 @@ class Watch:
         if not isinstance(error, RegistryError):
             error = RegistryUnavailableError(f"Consul at {self._consul.settings.url} sent a broken answer: {error!r}")
         if self.error is None:
+            known = len(self.snapshot)
             logger.warning(
-                "consul does not answer, serving what was known before: %s",
+                "Consul does not say who serves %s; %s until it does, and it is asked again every 2 s: %s",
+                self._service,
+                f"calls go to those known before ({known})" if known else "calls to it fail",
                 error,
-                extra={"service": self._service, "error": str(error), "instances": len(self.snapshot)},
+                extra={"service": self._service, "instances": known},
             )
             self._observers.happened(Event("watch_lost", self._service, detail=str(error)))
         self.error = error
