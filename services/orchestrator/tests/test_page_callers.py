@@ -77,14 +77,13 @@ async def test_a_bad_answer_is_told_and_holds_nobody_up(
     """Whatever one answers, the round ends in time and the others are heard."""
     async with serving(answer) as bad, serving(lambda _: ok(json.dumps(told()).encode())) as good:
         callers.follow([bad, good])
-        begun = time.monotonic()
-        await callers.ask(0.3)
-        assert time.monotonic() - begun < 0.9
         heard = {each.instance: each for each in callers.all()}
-        assert heard[good].state is not None
-        while heard[bad].error is None:
-            assert time.monotonic() - begun < 10
-            await callers.ask(0.3)
+        begun = time.monotonic()
+        while heard[good].state is None or heard[bad].error is None:
+            assert time.monotonic() - begun < 20
+            asked = time.monotonic()
+            await callers.ask(0.2)
+            assert time.monotonic() - asked < 0.9, "a round is over before who hangs has timed out"
         assert error in str(heard[bad].error)
         assert (heard[bad].silent, heard[bad].state) == (silent, None)
 
