@@ -147,6 +147,21 @@ def test_without_scripts_it_is_a_snapshot(page: str, browser: Browser) -> None:
         assert tab.page.locator("#caller").input_value() == caller
 
 
+def test_a_hidden_tab_asks_for_nothing(page: str, browser: Browser) -> None:
+    """Its stream is closed while nobody sees it, and begins anew with the whole page once somebody does."""
+    hide = "(hidden) => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"
+    hide += " document.dispatchEvent(new Event('visibilitychange')); }"
+    with open_tab(browser, page) as tab:
+        tab.live()
+        tab.page.evaluate(hide, True)
+        assert tab.text("#live").startswith("Not connected")
+        number = tab.number
+        tab.page.wait_for_timeout(1200)  # two pictures
+        assert tab.number == number
+        tab.page.evaluate(hide, False)
+        tab.live()
+
+
 def test_the_template_and_the_script_draw_the_same(browser: Browser) -> None:
     """What the template writes, and what the script makes where nothing was before, differ in nothing."""
     read = "() => document.querySelector('main').innerHTML.replace(/\\s+/g, ' ').replaceAll('> <', '><')"
