@@ -17,7 +17,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-REAL = {"consul_agent", "private_consul_agent", "consul_binary", "instances", "postgres"}
+REAL = {"consul_agent", "fresh_consul_agent", "private_consul_agent", "consul_binary", "instances", "postgres"}
 """Fixtures that start processes."""
 STARTS = {"subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"}
 """What Python reports when it starts one: https://docs.python.org/3/library/audit_events.html"""

@@ -121,7 +121,7 @@ def running_system(consul: ConsulAgent, directory: Path) -> Iterator[System]:
 def system(consul_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """One system for all tests here: starting it is the expensive part. Who stops a process starts it again."""
     with (
-        running_agent(binary=consul_binary) as consul,
+        running_agent(binary=consul_binary, in_memory=True) as consul,
         running_system(consul, tmp_path_factory.mktemp("system")) as running,
     ):
         yield running
