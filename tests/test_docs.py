@@ -176,7 +176,7 @@ class Session:
 
     def _is_up(self, port: str) -> bool:
         try:
-            answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=5.0, trust_env=False)
+            answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=5.0, trust_env=False, verify=False)
         except httpx.TransportError:
             return False
         instance = answer.headers.get("X-Service-Instance")
