@@ -19,6 +19,7 @@ import registry.testing.archive
 import registry.testing.binary
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
 from registry.conformance import PROMISES
+from registry.families import FAMILIES
 from tools.services import SERVICES
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +187,16 @@ def test_dependencies_are_all_explained() -> None:
     names = {re.split(r"[\[<>=;, ]", requirement)[0] for requirement in requirements}
     documented = first_column(ROOT / "docs/dependencies.md")
     assert sorted(documented) == sorted(names)
+
+
+def test_metrics_are_documented() -> None:
+    """The table of metrics is the one that the code makes."""
+    lines = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        lines.append(f"| `{family.name}` | {family.kind} | {labels} | {family.help} |")
+    table = "\n".join(lines)
+    assert table in (ROOT / "docs/reference/metrics.md").read_text(), f"make the table this one:\n{table}"
 
 
 def rows(page: Path) -> list[list[str]]:

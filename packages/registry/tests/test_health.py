@@ -139,7 +139,8 @@ async def test_any_id_gets_a_plain_answer(asked: str) -> None:
     registrar = Registrar(ServiceSettings(name="cards", port=8002, address="my_host_1."))
     registrar.registration = await registrar._describe()
     answer = await ask(f"/health?instance={asked}", registrar)
-    assert (answer.status_code, answer.json()) == (404, {"detail": "this is cards-my_host_1.-8002"})
+    assert (answer.status_code, answer.headers["Content-Type"]) == (404, "application/problem+json")
+    assert answer.json() == {"title": "Not Found", "status": 404, "detail": "this is cards-my_host_1.-8002"}
     await registrar.aclose()
 
 

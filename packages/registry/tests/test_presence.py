@@ -140,6 +140,7 @@ def test_serves_without_consul_and_registers_when_it_comes(service: Start, priva
     assert wait_until(one.is_found, 5) < 5
 
 
+@pytest.mark.real
 def test_serves_while_consul_has_no_address(service: Start) -> None:
     """A Consul host name that does not resolve stops neither the start nor the end of the service."""
     one = service("nameless", None, CONSUL_HTTP_ADDR="consul.invalid:8500")

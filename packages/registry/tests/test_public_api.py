@@ -43,7 +43,7 @@ def test_classes_document_their_methods() -> None:
         if callable(value)
         and not method.startswith("_")
         and not value.__doc__
-        and not hasattr(registry.Resolver, method)
+        and not any(hasattr(protocol, method) for protocol in (registry.Resolver, registry.Observer))
     ]
     assert undocumented == ["DiscoveryTransport.handle_async_request"]
 

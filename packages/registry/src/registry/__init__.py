@@ -5,13 +5,13 @@ from registry.consul.resolver import ConsulResolver
 from registry.discovery.balancing import Candidates, Pick, Policy
 from registry.discovery.blame import Failure
 from registry.discovery.call import Terms
-from registry.discovery.endpoint import Endpoint
+from registry.discovery.endpoint import Endpoint, LastFailure
+from registry.discovery.explanation import EndpointState, Explanation
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.resolver import Resolver, StaticResolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.sync import SyncDiscoveryTransport
 from registry.discovery.transport import DiscoveryTransport
-from registry.discovery.upstream import EndpointState, Explanation
 from registry.errors import (
     InvalidInputError,
     NoHealthyInstanceError,
@@ -20,12 +20,26 @@ from registry.errors import (
     ResponseTooLargeError,
     ServiceNotFoundError,
 )
-from registry.model import Instance, LeftOut, ServiceHealth, Snapshot, View
+from registry.model import Absence, Instance, LeftOut, ServiceHealth, Snapshot, View
 from registry.presence.registrar import Registrar
 from registry.service_registry import ServiceRegistry
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.telemetry import (
+    AttemptOutcome,
+    CallOutcome,
+    Event,
+    EventKind,
+    ObservedAttempt,
+    ObservedCall,
+    Observer,
+    Observers,
+    PickReason,
+)
 
 __all__ = [
+    "Absence",
+    "AttemptOutcome",
+    "CallOutcome",
     "Candidates",
     "ConnectionOptions",
     "ConsulResolver",
@@ -34,13 +48,21 @@ __all__ = [
     "EjectionPolicy",
     "Endpoint",
     "EndpointState",
+    "Event",
+    "EventKind",
     "Explanation",
     "Failure",
     "Instance",
     "InvalidInputError",
+    "LastFailure",
     "LeftOut",
     "NoHealthyInstanceError",
+    "ObservedAttempt",
+    "ObservedCall",
+    "Observer",
+    "Observers",
     "Pick",
+    "PickReason",
     "Policy",
     "Registrar",
     "RegistryError",

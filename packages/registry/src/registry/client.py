@@ -1,6 +1,5 @@
 """The facade: call a service by name; get an ``httpx.Response``, or an error that says what happened."""
 
-import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,15 +9,15 @@ import httpx
 
 from registry.discovery.balancing import Policy
 from registry.discovery.call import Terms
+from registry.discovery.explanation import Explanation
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.redirects import Way
 from registry.discovery.request import Headers, Requests, timeouts_of
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.transport import DiscoveryTransport
-from registry.discovery.upstream import Explanation
-from registry.errors import InvalidInputError
-from registry.validation import check_tag
+from registry.telemetry import Observer
+from registry.validation import check_seconds, check_tag
 
 __all__ = ["ServiceDiscoveryClient"]
 
@@ -37,7 +36,7 @@ class ServiceDiscoveryClient:
     may take at most 2 s of it. ``deadline``: time limit for the whole call, in seconds; by default twice the timeout.
     ``max_retries``: attempts in total, at least 1. Each attempt goes to an instance that the call has not tried. Once
     all have been tried, it waits before the next attempt, for a delay that grows from ``retry_delay`` seconds.
-    ``retry``: all of these and more, instead of the last two.
+    ``retry``: all of these and more, instead of the last two. ``observer``: see ``registry.telemetry``.
     """
 
     def __init__(
@@ -54,9 +53,10 @@ class ServiceDiscoveryClient:
         ejection: EjectionPolicy | None = None,
         connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self._timeout = _check_seconds("timeout", timeout)
-        self._deadline = 2 * timeout if deadline is None else _check_seconds("deadline", deadline)
+        self._timeout = check_seconds("timeout", timeout)
+        self._deadline = 2 * timeout if deadline is None else check_seconds("deadline", deadline)
         self._hedge = hedge
         self._transport = DiscoveryTransport(
             registry.resolver() if isinstance(registry, _HasResolver) else registry,
@@ -66,12 +66,12 @@ class ServiceDiscoveryClient:
             policy=policy,
             connections=connections,
             transport=transport,
+            observer=observer,
         )
         self.http = httpx.AsyncClient(transport=self._transport, timeout=timeouts_of(timeout), follow_redirects=True)
         """The httpx client over the same transport, for what the facade does not offer: streams, cookies.
 
-        URLs are ``http://<service name>/path``. Headers, params, hooks and auth that are set here also apply to the
-        calls of the facade; cookies do not.
+        URLs are ``http://<service name>/path``. The facade uses its headers, params, hooks and auth, no cookies.
         """
         self._way = Way(self._transport, self.http, self._terms)
         self._requests = Requests(self.http)
@@ -142,7 +142,7 @@ class ServiceDiscoveryClient:
         """Seconds for one attempt, and for each of its steps."""
         if isinstance(timeout, httpx.Timeout):
             return None, timeout.as_dict()
-        limit = self._timeout if timeout is None else _check_seconds("timeout", timeout)
+        limit = self._timeout if timeout is None else check_seconds("timeout", timeout)
         return limit, self._timeouts if limit == self._timeout else timeouts_of(limit).as_dict()
 
     def _terms(self, limit: float | None = None, tag: str | None = None, service: str | None = None) -> Terms:
@@ -227,6 +227,14 @@ class ServiceDiscoveryClient:
         """The state of each instance in this process: why it is picked or not. Reads memory only, never blocks."""
         return self._transport.explain(service_name, tag)
 
+    def explain_all(self) -> tuple[Explanation, ...]:
+        """The same of every service that was called and is still known, once for each tag."""
+        return self._transport.explain_all()
+
+    def observe(self, observer: Observer) -> None:
+        """Tells it of all this, too, from now on."""
+        self._transport.observers.add(observer)
+
     async def aclose(self) -> None:
         """Closes all connections and ends the watches."""
         await self._way.aclose()
@@ -239,9 +247,3 @@ class ServiceDiscoveryClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-def _check_seconds(name: str, seconds: float) -> float:
-    if not 0 < seconds < math.inf:
-        raise InvalidInputError(f"{name}={seconds!r}: pass a number of seconds above 0")
-    return seconds

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, overload
 
-__all__ = ["Instance", "Key", "LeftOut", "ServiceHealth", "Snapshot", "View"]
+__all__ = ["Absence", "Instance", "Key", "LeftOut", "ServiceHealth", "Snapshot", "View"]
 
 Key: TypeAlias = tuple[str, str, int]
 """Id, address and port: an id alone is unique on one node only, and a new process may take over its predecessor's."""
@@ -77,6 +77,10 @@ class ServiceHealth:
     """Check id → the output of its last run."""
 
 
+Absence: TypeAlias = Literal["critical", "maintenance", "withdrew", "vanished", "uncallable"]
+"""Its checks fail; an operator's order; it was deregistered; the registry lost it; its entry can't be used."""
+
+
 @dataclass(frozen=True, slots=True)
 class LeftOut:
     """An instance that is not offered to callers, and the reason."""
@@ -84,6 +88,8 @@ class LeftOut:
     id: str
     reason: str
     """For example ``in maintenance: new disks``, ``check 'health' is critical``, ``deregistered``."""
+    kind: Absence = field(default="critical", compare=False)
+    """The reason in a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +113,5 @@ class View:
 
     They are called while no other instance is left. None: the source can't tell, so all that are gone count as lost.
     """
+    errors: int = 0
+    """How many questions the source has not answered."""

@@ -8,9 +8,9 @@ import contextvars
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from registry.model import Instance
 
@@ -26,7 +26,6 @@ __all__ = [
     "Observers",
     "PickReason",
     "background_context",
-    "observers",
     "prepare_background",
 ]
 
@@ -39,7 +38,8 @@ AttemptOutcome: TypeAlias = Literal[
 ]
 """``status``: an answer that counts as a failure, by default a 5xx. ``cancelled``: by the caller, or a hedge that lost.
 
-``not_sent``: for a reason that does not speak against the instance. ``error``: for one that nobody knows.
+``not_sent``: for a reason that does not speak against the instance. ``error``: anything else, as what the source of
+the body raised.
 """
 PickReason: TypeAlias = Literal[
     "p2c_cost", "p2c_turn", "policy", "only", "probe", "half_open", "trusted", "last_resort"
@@ -65,16 +65,19 @@ EventKind: TypeAlias = Literal[
 """Of an instance: joined to withdrawn callers' lists; of a service: failing fast and recovered; of its watch; of us."""
 
 
+class _Answer(Protocol):
+    status_code: int
+
+
 class ObservedCall:
     """One call, from its beginning on; a redirect within the service is a call of its own."""
 
-    __slots__ = ("attempts", "error", "method", "outcome", "seconds", "service", "started", "status", "url")
+    __slots__ = ("_url", "attempts", "error", "method", "outcome", "seconds", "service", "started", "status")
 
-    def __init__(self, service: str, method: str, url: str) -> None:
+    def __init__(self, service: str, method: str, url: str | Callable[[], str]) -> None:
         self.service = service
         self.method = method
-        self.url = url
-        """Without query and credentials."""
+        self._url = url
         self.started = time.monotonic()
         self.attempts = 0
         self.outcome: CallOutcome | None = None
@@ -85,29 +88,57 @@ class ObservedCall:
         self.seconds: float | None = None
         """Until the answer's head, or its end if the facade reads it."""
 
+    @property
+    def url(self) -> str:
+        """Without query and credentials; made when it is asked for: that takes longer than all else here."""
+        return self._url if isinstance(self._url, str) else self._url()
+
+    def end(self, outcome: CallOutcome, seconds: float, result: _Answer | BaseException) -> None:
+        """It has ended so."""
+        self.outcome, self.seconds = outcome, seconds
+        if isinstance(result, BaseException):
+            self.error = result
+        else:
+            self.status = result.status_code
+
 
 class ObservedAttempt:
     """One attempt of a call; ``headers`` are sent in place of the caller's own of the same name."""
 
-    __slots__ = (
-        "call", "error", "headers", "hedge", "instance", "number", "outcome", "reason", "seconds", "status",
-    )  # fmt: skip
+    __slots__ = ("call", "error", "headers", "hedge", "instance", "number", "outcome", "reason", "seconds", "status")
 
     def __init__(
-        self, call: ObservedCall, number: int, instance: Instance, reason: PickReason, headers: dict[str, str]
+        self,
+        call: ObservedCall,
+        number: int,
+        instance: Instance,
+        reason: PickReason,
+        headers: dict[str, str],
+        *,
+        hedge: bool = False,
     ) -> None:
+        call.attempts = number
         self.call = call
         self.number = number
         """1-based: one above the number of resends so far."""
         self.instance = instance
         self.reason = reason
         self.headers = headers
-        self.hedge = False
+        self.hedge = hedge
         """Whether it was sent because the one before took long."""
         self.outcome: AttemptOutcome | None = None
+        """None until it has ended; so are the next three."""
         self.status: int | None = None
         self.error: BaseException | None = None
         self.seconds: float | None = None
+
+    def end(self, outcome: AttemptOutcome, seconds: float, result: _Answer | BaseException) -> None:
+        """It has ended so."""
+        self.outcome, self.seconds = outcome, seconds
+        if isinstance(result, BaseException):
+            self.error = result
+        else:
+            self.status = result.status_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,49 +183,41 @@ class Observer:
 class Observers(Observer):
     """Several as one: tells each what it has a method for."""
 
-    def __init__(self, *several: Observer) -> None:
-        each = [one for other in several for one in (other.each if isinstance(other, Observers) else (other,))]
-        self.each = tuple(each)
-        self._call_begun = [one.call_begun for one in each if _overrides(one, "call_begun")]
-        self._call_ended = [one.call_ended for one in each if _overrides(one, "call_ended")]
-        self._attempt_begun = [one.attempt_begun for one in each if _overrides(one, "attempt_begun")]
-        self._attempt_ended = [one.attempt_ended for one in each if _overrides(one, "attempt_ended")]
-        self._happened = [one.happened for one in each if _overrides(one, "happened")]
-        self.of_calls = bool(self._call_begun or self._call_ended or self._attempt_begun or self._attempt_ended)
-        """Whether anybody wants to hear of calls and attempts."""
-        self.of_events = bool(self._happened)
+    def __init__(self, *several: Observer | None) -> None:
+        self.each: list[Observer] = []
+        self.of_calls = self.of_events = False
+        """Whether anybody wants to hear of calls and attempts; of events."""
+        hears = ("call_begun", "call_ended", "attempt_begun", "attempt_ended", "happened")
+        self._methods: dict[str, list[Callable[[Any], None]]] = {method: [] for method in hears}
+        for method, methods in self._methods.items():
+            setattr(self, method, _teller(methods))  # With no lookup left to do: it is part of every call.
+        for one in several:
+            self.add(one)
 
-    def call_begun(self, call: ObservedCall) -> None:
-        _tell(self._call_begun, call)
-
-    def call_ended(self, call: ObservedCall) -> None:
-        _tell(self._call_ended, call)
-
-    def attempt_begun(self, attempt: ObservedAttempt) -> None:
-        _tell(self._attempt_begun, attempt)
-
-    def attempt_ended(self, attempt: ObservedAttempt) -> None:
-        _tell(self._attempt_ended, attempt)
-
-    def happened(self, event: Event) -> None:
-        _tell(self._happened, event)
-
-
-def observers(observer: Observer | None) -> Observers:
-    """What the package itself holds: nobody, or one that harms no call."""
-    return observer if isinstance(observer, Observers) else Observers(*(() if observer is None else (observer,)))
+    def add(self, observer: Observer | None) -> None:
+        """Tells this one, too, from now on; once, however often it is added."""
+        for one in observer.each if isinstance(observer, Observers) else [observer]:
+            if one is None or one in self.each:
+                continue
+            self.each.append(one)
+            for method, methods in self._methods.items():
+                if getattr(type(one), method, None) is not getattr(Observer, method):
+                    methods.append(getattr(one, method))
+        *of_calls, self.of_events = map(bool, self._methods.values())
+        self.of_calls = any(of_calls)
 
 
 class Journal(Observer):
-    """The last events, numbered from 1 on."""
+    """The last events, numbered from 1 on; without probes, which would leave room for nothing else."""
 
     def __init__(self, size: int = 200) -> None:
         self._events: deque[tuple[int, Event]] = deque(maxlen=size)
         self._number = 0
 
     def happened(self, event: Event) -> None:
-        self._number += 1
-        self._events.append((self._number, event))
+        if event.kind != "probed":
+            self._number += 1
+            self._events.append((self._number, event))
 
     def __iter__(self) -> Iterator[tuple[int, Event]]:
         return iter(tuple(self._events))
@@ -216,13 +239,12 @@ def background_context() -> contextvars.Context:
     return context
 
 
-def _overrides(observer: Observer, method: str) -> bool:
-    return getattr(type(observer), method, None) is not getattr(Observer, method)
+def _teller(methods: Sequence[Callable[[Any], None]]) -> Callable[[Any], None]:
+    def tell(news: object) -> None:
+        for method in methods:
+            try:
+                method(news)
+            except Exception:
+                logger.exception("an observer failed, and was ignored")
 
-
-def _tell(methods: list[Callable[[object], None]], news: object) -> None:
-    for method in methods:
-        try:
-            method(news)
-        except Exception:
-            logger.exception("an observer failed, and was ignored")
+    return tell

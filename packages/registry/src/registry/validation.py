@@ -5,6 +5,7 @@ choose another host.
 """
 
 import ipaddress
+import math
 import re
 from urllib.parse import unquote
 
@@ -172,6 +173,13 @@ def check_duration(value: str) -> str:
     if not isinstance(value, str) or not _DURATION.fullmatch(value) or not 0.001 <= _seconds(value) <= 365 * 86_400:
         raise InvalidInputError(f"{value!r} is not a duration: pass a number and a unit, such as '10s' or '1m30s'")
     return value
+
+
+def check_seconds(name: str, seconds: float) -> float:
+    """The number, if it is one of seconds. Raises: InvalidInputError."""
+    if not 0 < seconds < math.inf:
+        raise InvalidInputError(f"{name}={seconds!r}: pass a number of seconds above 0")
+    return seconds
 
 
 def _seconds(duration: str) -> float:

@@ -73,6 +73,8 @@ class Departures:
         lost = (listing.failing & offered) | self._forgotten.keys()
         if lost != self.lost and (listing.registered or self.lost is not None):
             self.lost = lost
-        gone = [LeftOut(key[0], "Consul lost it: asked while nobody else is left") for key in self._forgotten]
-        gone += [LeftOut(key[0], self._withdrew) for key in self._withdrawn]
+        gone = [
+            LeftOut(key[0], "Consul lost it: asked while nobody else is left", "vanished") for key in self._forgotten
+        ]
+        gone += [LeftOut(key[0], self._withdrew, "withdrew") for key in self._withdrawn]
         self.left_out = (*listing.left_out, *gone)

@@ -73,11 +73,13 @@ def parse_listing(entries: Any) -> Listing:
             instance, node = _instance(entry), str(entry["Node"].get("Node"))
             absence, maintenance = _absence(entry.get("Checks") or ())
         except InvalidInputError as error:
-            uncallable.add(LeftOut(str(entry["Service"].get("ID")), f"it can't be called: {error}"[:_MAX_REASON]))
+            uncallable.add(
+                LeftOut(str(entry["Service"].get("ID")), f"it can't be called: {error}"[:_MAX_REASON], "uncallable")
+            )
             continue
         except (AttributeError, LookupError, TypeError):
             broken += 1
-            uncallable.add(LeftOut("?", f"not an entry of Consul's: {entry!s}"[:_MAX_REASON]))
+            uncallable.add(LeftOut("?", f"not an entry of Consul's: {entry!s}"[:_MAX_REASON], "uncallable"))
             continue
         instances.append(instance)
         nodes[instance.key] = node
@@ -85,7 +87,7 @@ def parse_listing(entries: Any) -> Listing:
             passing.append(instance)
             continue
         maintained += maintenance
-        left_out.append(LeftOut(instance.id, absence[:_MAX_REASON]))
+        left_out.append(LeftOut(instance.id, absence[:_MAX_REASON], "maintenance" if maintenance else "critical"))
         if not maintenance:
             failing.add(instance.key)
     if entries and broken == len(entries):

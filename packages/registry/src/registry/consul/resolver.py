@@ -1,16 +1,17 @@
 """A live view of the instances of services: one blocking query per (service, tag), answers from memory."""
 
 import asyncio
-import contextvars
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
+from registry.consul.catalog import Names, watch_names
 from registry.consul.connection import AsyncConsul
 from registry.consul.watch import Watch
 from registry.errors import RegistryUnavailableError
 from registry.model import Snapshot, View
 from registry.settings import ConsulSettings
+from registry.telemetry import Observer, Observers, background_context
 from registry.validation import check_known_service, check_tag
 
 __all__ = ["ConsulResolver"]
@@ -22,6 +23,7 @@ class ConsulResolver:
     The first question about a service waits for Consul, at most ``first_answer_timeout`` seconds; others never wait.
     Services in ``upstreams`` are watched from ``start`` until the end. Any other watch ends after ``idle_timeout``
     seconds without a question; when there are ``max_watches``, a new one replaces the least recently used.
+    ``observer``: is told when a watch is lost, is back, or brings a change.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class ConsulResolver:
         first_answer_timeout: float = 2.0,
         idle_timeout: float = 300.0,
         max_watches: int = 100,
+        observer: Observer | None = None,
     ) -> None:
         self.settings = settings or ConsulSettings()
         self._upstreams = frozenset(check_known_service(name).lower() for name in upstreams)
@@ -42,6 +45,7 @@ class ConsulResolver:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = os.getpid()
         self._watches: dict[tuple[str, str | None], Watch] = {}
+        self._observers = Observers(observer)
 
     def resolve(self, service: str, tag: str | None = None) -> Snapshot | None:
         if self._process != os.getpid():
@@ -69,6 +73,13 @@ class ConsulResolver:
                 f"Consul at {self.settings.url} did not say within {self._first_answer_timeout} s who runs '{service}'"
             ) from None
 
+    def names(self) -> AsyncIterator[Names]:
+        """The names of all registered services, at once and again whenever an instance came or went, until closed.
+
+        Raises: RegistryUnavailableError, RegistryError. Ask anew after a pause.
+        """
+        return watch_names(self._connection())
+
     async def start(self) -> None:
         """Starts watching the upstreams, and waits until each has an answer or an error."""
         for service in self._upstreams:
@@ -88,22 +99,26 @@ class ConsulResolver:
             self._consul = None
 
     def _watch(self, service: str, tag: str | None) -> Watch:
-        loop = asyncio.get_running_loop()
-        if self._consul is None or self._loop is not loop:
-            # A connection and a task live and die with their loop.
-            self._loop, self._consul, self._watches = loop, AsyncConsul(self.settings), {}
+        consul, loop = self._connection(), asyncio.get_running_loop()
         key = (service.lower(), tag)
         if key not in self._watches or self._watches[key].task.done():
             check_known_service(service)
             if tag is not None:
                 check_tag(tag)
             self._make_room()
-            watch = self._watches[key] = Watch(self._consul, key[0], tag)
+            watch = self._watches[key] = Watch(consul, key[0], tag, observers=self._observers)
             # An empty context: the watch must not carry the first caller's trace or request for ever.
             watch.task = loop.create_task(
-                self._run(key, watch), name=f"registry watch {key[0]}", context=contextvars.Context()
+                self._run(key, watch), name=f"registry watch {key[0]}", context=background_context()
             )
         return self._watches[key]
+
+    def _connection(self) -> AsyncConsul:
+        loop = asyncio.get_running_loop()
+        if self._consul is None or self._loop is not loop:
+            # A connection and a task live and die with their loop.
+            self._loop, self._consul, self._watches = loop, AsyncConsul(self.settings), {}
+        return self._consul
 
     def _forget(self) -> None:
         """A fork copied the watches, and nothing that runs them: they would show for ever what was known then."""

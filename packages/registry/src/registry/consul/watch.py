@@ -22,8 +22,9 @@ from registry.errors import (
     ServiceNotFoundError,
 )
 from registry.model import LeftOut, Snapshot, View
+from registry.telemetry import Event, Observers
 
-__all__ = ["Watch"]
+__all__ = ["WAIT", "TokenBucket", "Watch"]
 
 logger = logging.getLogger("registry")
 
@@ -47,18 +48,20 @@ class Watch:
         service: str,
         tag: str | None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        observers: Observers | None = None,
     ) -> None:
         self._consul = consul
         self._service = service
         self._tag = tag
         self._sleep = sleep
+        self._observers = observers or Observers()
         self._index = 0
         self._last_index = 0
         self._departures = Departures(tag)
         self._told: frozenset[LeftOut] = frozenset()
         self._failures = 0
         self._backoff = Backoff(base=0.1, cap=2.0)
-        self._rate = _TokenBucket(per_second=5, burst=20)
+        self._rate = TokenBucket(per_second=5, burst=20)
         self.answered = asyncio.Event()
         """Set once Consul said anything, be it an error."""
         self.snapshot: Snapshot = ()
@@ -69,6 +72,8 @@ class Watch:
         """How many of them are in maintenance."""
         self.error: RegistryError | None = None
         """Why the last query failed; None: it did not."""
+        self.errors = 0
+        """How many queries failed."""
         self.heard_at: float | None = None
         """``time.monotonic()`` of the last answer that was not an error."""
         self.changed_at: float | None = None
@@ -98,6 +103,7 @@ class Watch:
             error=None if self.error is None else str(self.error),
             left_out=self._departures.left_out,
             lost=self._departures.lost,
+            errors=self.errors,
         )
 
     async def step(self) -> None:
@@ -152,11 +158,14 @@ class Watch:
         self.heard_at = time.monotonic()
         if self.error is not None:
             logger.info("Consul answers again about %s", self._service, extra={"service": self._service})
+            self._observers.happened(Event("watch_back", self._service))
         self.error, self._failures = None, 0
         self.registered, self.maintained = listing.registered, listing.maintained
         # A return is not a change: keep the same tuple, on which others hang what they derive from it.
         if listing.passing != self.snapshot:
             self.snapshot, self.changed_at = listing.passing, self.heard_at
+            count = f"{len(listing.passing)} of {listing.registered} can be called"
+            self._observers.happened(Event("watch_changed", self._service, detail=count))
         elif self._departures.lost is not lost:
             self.snapshot = listing.passing  # a new object, as who is lost is derived from it too
         self.answered.set()
@@ -184,14 +193,16 @@ class Watch:
                 error,
                 extra={"service": self._service, "instances": known},
             )
+            self._observers.happened(Event("watch_lost", self._service, detail=str(error)))
         self.error = error
+        self.errors += 1
         self._index = 0  # an old index against a restarted agent is blind until the wait ends
         self._failures += 1
         self.answered.set()
         await self._sleep(self._backoff.delay(self._failures))
 
 
-class _TokenBucket:
+class TokenBucket:
     """Lets a burst through at once, and holds a stream to a rate."""
 
     def __init__(self, per_second: float, burst: int) -> None:
@@ -206,3 +217,7 @@ class _TokenBucket:
         self._tokens = min(self._burst, self._tokens + (now - self._updated) * self._per_second) - 1
         self._updated = now
         return max(0.0, -self._tokens / self._per_second)
+
+    async def pause(self) -> None:
+        """Waits for so long."""
+        await asyncio.sleep(self.delay())

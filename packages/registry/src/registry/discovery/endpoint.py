@@ -4,15 +4,36 @@ Nothing here blocks, locks or sends.
 """
 
 import math
+from dataclasses import dataclass, field
 
 from registry.discovery.options import EjectionPolicy
 from registry.model import Instance
+from registry.telemetry import AttemptOutcome, PickReason
 
-__all__ = ["Endpoint"]
+__all__ = ["Endpoint", "LastFailure"]
 
 _FLOOR = 1e-4
 """Seconds below which latencies are noise, so that in-flight requests decide among fast instances."""
 _DEFAULT = EjectionPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class LastFailure:
+    """A failure that counted against an instance."""
+
+    at: float
+    """Unix time."""
+    outcome: AttemptOutcome
+    words: str
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has come of the attempts at one instance; plain integers that only grow."""
+
+    picks: dict[PickReason, int] = field(default_factory=dict)
+    outcomes: dict[AttemptOutcome, int] = field(default_factory=dict)
+    ejections: dict[AttemptOutcome, int] = field(default_factory=dict)
 
 
 class Endpoint:
@@ -23,13 +44,16 @@ class Endpoint:
         "_peaks",
         "_policy",
         "_updated",
+        "counts",
         "ejected_at",
+        "ejected_because",
         "ejected_until",
         "ejections",
         "failed_at",
         "failures",
         "instance",
-        "picks",
+        "last_failure",
+        "reason",
         "refusals",
         "started",
         "turn",
@@ -39,10 +63,11 @@ class Endpoint:
         self, instance: Instance, latency: float = 0.0, now: float = 0.0, policy: EjectionPolicy = _DEFAULT
     ) -> None:
         self.instance = instance
+        self.counts = Counts()
         self.started: dict[object, float] = {}
         """One entry per attempt under way, oldest first: its start."""
-        self.picks = 0
-        """How often it was picked."""
+        self.reason: PickReason = "policy"
+        """Why it was picked last."""
         self.turn = 0.0
         """How far it is with its share of the picks: each one moves it on by 1 / weight."""
         self.failures = 0
@@ -57,6 +82,9 @@ class Endpoint:
         """When it was ejected last, for whatever reason."""
         self.ejected_until = 0.0
         """0: not ejected."""
+        self.ejected_because: AttemptOutcome | None = None
+        """What it was ejected for last."""
+        self.last_failure: LastFailure | None = None
         self._policy = policy
         self._latency = latency
         self._updated = now
@@ -76,8 +104,11 @@ class Endpoint:
         self.refusals, self.ejected_until, self.failures = 0, 0.0, 0
         return back
 
-    def refused(self, seconds: float, now: float) -> None:
-        """No connection came about, which took so long: it is ejected at once, for a short, doubling time."""
+    def refused(self, seconds: float, now: float) -> bool:
+        """No connection came about, which took so long: it is ejected at once, for a short, doubling time.
+
+        Returns whether anything changed: it did.
+        """
         policy = self._policy
         first, most = policy.refused, policy.max_refused
         if seconds >= policy.slow_connect:
@@ -86,6 +117,7 @@ class Endpoint:
         self.refusals += 1
         # Whoever listens there next is another process.
         self.failures = self.ejections = 0
+        return True
 
     def failed(self, now: float) -> bool:
         """A bad answer, or none in time: the fifth in a row ejects it, each time for longer.

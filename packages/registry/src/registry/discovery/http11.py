@@ -9,7 +9,7 @@ import h11
 import httpx
 
 from registry.discovery.options import ConnectionOptions
-from registry.discovery.plain import Answer, plain_answer, plain_request
+from registry.discovery.plain import Answer, names, plain_answer, plain_request
 from registry.errors import ResponseTooLargeError
 
 __all__ = ["Exchange"]
@@ -123,7 +123,8 @@ class Exchange:
         request = self._request
         self._parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=self._options.max_header_size)
         whole = isinstance(request.stream, httpx.ByteStream)
-        headers = _framed(request, whole)
+        replaced = names(self._extra)
+        headers = [pair for pair in _framed(request, whole) if pair[0].lower() not in replaced]
         headers += ((name.encode("ascii"), value.encode("ascii")) for name, value in self._extra.items())
         head = h11.Request(method=request.method.encode("ascii"), target=request.url.raw_path, headers=headers)
         first = self._parser.send(head) or b""

@@ -11,10 +11,12 @@ from collections.abc import Callable, Collection, Set
 
 from registry.discovery.balancing import Candidates, Pick, power_of_two_choices
 from registry.discovery.blame import Failure
-from registry.discovery.endpoint import Endpoint
+from registry.discovery.endpoint import Endpoint, LastFailure
+from registry.discovery.ledger import Ledger
 from registry.discovery.options import EjectionPolicy
 from registry.errors import NoHealthyInstanceError
 from registry.model import Key, Snapshot
+from registry.telemetry import AttemptOutcome, Event, EventKind, Observers, PickReason
 
 __all__ = ["Pool"]
 
@@ -31,9 +33,11 @@ class Pool:
         pick: Pick = power_of_two_choices,
         clock: Callable[[], float] = time.monotonic,
         policy: EjectionPolicy | None = None,
+        observers: Observers | None = None,
     ) -> None:
         self.service = service
         self._policy = policy or EjectionPolicy()
+        self._observers = observers or Observers()
         self.snapshot: Snapshot = ()
         self.endpoints: dict[Key, Endpoint] = {}
         """What Consul lists as passing."""
@@ -41,6 +45,7 @@ class Pool:
         """What it listed before and has lost since, and when each left: asked only when nothing else is left."""
         self.lost: Set[Key] | None = None
         """Which of those that left did so on nobody's order; None: nobody can tell, so all of them."""
+        self.ledger = Ledger()
         self._pick = pick
         self._clock = clock
         self._candidates = Candidates()
@@ -48,8 +53,7 @@ class Pool:
         self._live = 0
         self._turn, self._step = 0.0, 1.0
         self._probed = self._next_probe = -math.inf
-        self._open_until = 0.0
-        self._open_for = 0.0
+        self._open_until = self._open_for = 0.0
 
     def update(self, snapshot: Snapshot, lost: Set[Key] | None = None) -> None:
         """Consul's view changed. What is known of endpoints that stay is kept; one that returns starts anew.
@@ -62,7 +66,10 @@ class Pool:
         best = min((endpoint.latency(now) for endpoint in before.values() if not endpoint.ejected_until), default=0.0)
         for instance in snapshot:
             key = instance.key
-            endpoint = before.pop(key, None) or Endpoint(instance, best, now, self._policy)
+            endpoint = before.pop(key, None)
+            if endpoint is None:
+                endpoint = Endpoint(instance, best, now, self._policy)
+                endpoint.counts = self.ledger.of(key)
             endpoint.instance = instance
             self.endpoints[key] = endpoint
         gone = self.gone | {key: (endpoint, now) for key, endpoint in before.items()}
@@ -72,6 +79,7 @@ class Pool:
             if key not in self.endpoints and now - since < self._policy.remember and (lost is None or key in lost)
         ]
         self.gone = dict(kept[-self._policy.remember_at_most :])
+        self.ledger.keep(self.endpoints.keys() | self.gone.keys(), now)
         self._rebuild()
 
     def pick(self, tried: Collection[Endpoint], *, safe: bool) -> Endpoint | None:
@@ -82,26 +90,37 @@ class Pool:
         now = self._clock()
         # At most one probe in a call: it must have attempts left for those that are known to work.
         endpoint = self._probe(now, safe) if now >= self._next_probe and not tried else None
-        if endpoint is None:
-            endpoint = self._half_open(tried, now) if self._open_until else self._choose(self._candidates, tried, now)
+        reason: PickReason = "probe"
+        if endpoint is None and self._open_until:
+            endpoint, reason = self._half_open(tried, now), "half_open"
+        elif endpoint is None:
+            endpoint, reason = self._choose(self._candidates, tried, now)
         if endpoint is None and not self._live:
-            endpoint = self._choose(self._last_resort, tried, now)
+            endpoint, reason = self._choose(self._last_resort, tried, now)[0], "last_resort"
         if endpoint is not None and not safe and endpoint.is_suspect(now):
-            endpoint = self._trusted(tried, now) or endpoint
+            trusted = self._trusted(tried, now)
+            if trusted is not None:
+                endpoint, reason = trusted, "trusted"
         if endpoint is not None:
             self._turn += self._step
             endpoint.turn = min(max(endpoint.turn, self._turn - LEAD), self._turn + LEAD) + 1 / endpoint.instance.weight
-            endpoint.picks += 1
+            endpoint.reason = reason
+            picks = endpoint.counts.picks
+            picks[reason] = picks.get(reason, 0) + 1
         return endpoint
 
     def succeeded(self, endpoint: Endpoint, seconds: float) -> None:
         """The endpoint answered after so long."""
         if endpoint.answered(seconds, self._clock()):
+            self._tell("reinstated", endpoint, reason=endpoint.ejected_because)
             self._rebuild()
 
-    def failed(self, endpoint: Endpoint, failure: Failure, seconds: float) -> None:
-        """The attempt failed, for which the endpoint is to blame."""
+    def failed(
+        self, endpoint: Endpoint, failure: Failure, seconds: float, outcome: AttemptOutcome = "error", words: str = ""
+    ) -> None:
+        """The attempt failed, for which the endpoint is to blame; ``outcome`` and ``words`` are for those who watch."""
         now = self._clock()
+        endpoint.last_failure = LastFailure(time.time(), outcome, words)
         if failure is not Failure.NOT_SENT:
             endpoint.observe(seconds, now)
         if self.endpoints.get(endpoint.instance.key) is not endpoint:
@@ -112,11 +131,13 @@ class Pool:
         if not self._live and not self._open_until:
             self._open_for = self._policy.refused
             self._open_until = now + self._policy.refused
-        changed = True
-        if failure is Failure.NOT_SENT:
-            endpoint.refused(seconds, now)
-        else:
-            changed = endpoint.failed(now)
+            self._tell("failing_fast", endpoint, reason=outcome, seconds=self._open_for)
+        before = endpoint.ejected_until
+        changed = endpoint.refused(seconds, now) if failure is Failure.NOT_SENT else endpoint.failed(now)
+        if endpoint.ejected_until:
+            self._ejected(endpoint, outcome, now, anew=not before)
+        elif before:
+            self._tell("reinstated", endpoint, reason=endpoint.ejected_because)
         if changed:
             self._rebuild()
 
@@ -140,6 +161,26 @@ class Pool:
         """Seconds that calls are turned away because every endpoint fails; 0: they are not."""
         return max(0.0, min(self._open_until, self._next_probe) - self._clock())
 
+    def _ejected(self, endpoint: Endpoint, outcome: AttemptOutcome, now: float, *, anew: bool) -> None:
+        endpoint.ejected_because = outcome
+        if anew:
+            ejections = endpoint.counts.ejections
+            ejections[outcome] = ejections.get(outcome, 0) + 1
+            self._tell("ejected", endpoint, reason=outcome, seconds=endpoint.ejected_until - now)
+
+    def _tell(
+        self,
+        kind: EventKind,
+        endpoint: Endpoint | None = None,
+        *,
+        reason: str | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        if self._observers.of_events:
+            instance = endpoint.instance.id if endpoint else None
+            words = endpoint.last_failure.words if endpoint and endpoint.last_failure else ""
+            self._observers.happened(Event(kind, self.service, instance, reason or "", words, seconds))
+
     def _failed_unlisted(self, endpoint: Endpoint, failure: Failure) -> None:
         endpoint.failures += 1
         if failure is Failure.NOT_SENT or endpoint.failures >= self._policy.failures:
@@ -154,6 +195,8 @@ class Pool:
         due = min((endpoint.ejected_until for endpoint in ejected), default=math.inf)
         self._next_probe = max(due, self._probed + self._policy.probe_interval)
         if live or not ejected:
+            if self._open_until:
+                self._tell("recovered")
             self._open_until = self._open_for = 0.0
         if 2 * len(live) < len(self.endpoints):
             # Too few to carry the load: those that answered badly may still answer well enough.
@@ -162,14 +205,16 @@ class Pool:
         self._last_resort = Candidates([endpoint for endpoint, _ in self.gone.values()])
         self._step = 1 / (self._candidates.weight or self._last_resort.weight or 1)
 
-    def _choose(self, candidates: Candidates, tried: Collection[Endpoint], now: float) -> Endpoint | None:
+    def _choose(
+        self, candidates: Candidates, tried: Collection[Endpoint], now: float
+    ) -> tuple[Endpoint | None, PickReason]:
         if not candidates:
-            return None
+            return None, candidates.reason
         endpoint = self._pick(candidates, now)
         if endpoint not in tried:
-            return endpoint
+            return endpoint, candidates.reason
         untried = Candidates([endpoint for endpoint in candidates if endpoint not in tried])
-        return self._pick(untried, now) if untried else None
+        return (self._pick(untried, now) if untried else None), untried.reason
 
     def _trusted(self, tried: Collection[Endpoint], now: float) -> Endpoint | None:
         """One that has not failed last; None when these are too few to carry the load of the others, too."""
@@ -185,6 +230,7 @@ class Pool:
             return None
         endpoint = min(due, key=lambda endpoint: endpoint.ejected_until)
         endpoint.probe(now)
+        self._tell("probed", endpoint, reason=endpoint.ejected_because)
         self._rebuild()
         if self._open_until:
             self._stay_open(now)

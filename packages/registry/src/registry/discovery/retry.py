@@ -39,6 +39,8 @@ class RetryBudget:
     ratio: float = 0.2
     per_second: float = 10.0
     clock: Callable[[], float] = time.monotonic
+    exhausted: int = field(default=0, init=False)
+    """How many retries it has refused."""
     _balance: float = field(init=False)
     _updated: float = field(init=False)
 
@@ -52,15 +54,20 @@ class RetryBudget:
 
     def withdraw(self) -> bool:
         """Whether a retry may go ahead now; if so, it is paid for."""
+        if self.left() < 1:
+            self.exhausted += 1
+            return False
+        self._balance -= 1
+        return True
+
+    def left(self) -> float:
+        """How many retries may follow now."""
         now = self.clock()
         # Ten seconds' worth is the most that a quiet time may save up.
         limit = 10 * self.per_second
         self._balance = min(limit, self._balance + (now - self._updated) * self.per_second)
         self._updated = now
-        if self._balance < 1:
-            return False
-        self._balance -= 1
-        return True
+        return self._balance
 
 
 @dataclass(frozen=True)

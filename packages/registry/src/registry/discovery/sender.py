@@ -14,7 +14,7 @@ from registry.discovery.connections import Connections, Origin
 from registry.discovery.decoding import unpacked
 from registry.discovery.http11 import Exchange
 from registry.discovery.options import ConnectionOptions
-from registry.discovery.plain import Answer
+from registry.discovery.plain import Answer, names
 from registry.errors import ResponseTooLargeError
 from registry.model import Instance
 
@@ -27,7 +27,9 @@ class Sender(Protocol):
     async def send(
         self, request: httpx.Request, instance: Instance, extra: Mapping[str, str], limit: float | None, *, read: bool
     ) -> httpx.Response:
-        """The answer, its body read if ``read``. ``extra``: headers of this attempt. ``limit``: seconds for all of it.
+        """The answer, its body read if ``read``. ``limit``: seconds for all of it.
+
+        ``extra``: headers of this attempt, in place of the request's own of these names.
 
         Raises: httpx.TransportError: ConnectError, ConnectTimeout, PoolTimeout, LocalProtocolError and
         UnsupportedProtocol mean that nothing was sent. httpx.DecodingError, if ``read``. What the source of the
@@ -50,11 +52,13 @@ class HttpxSender:
     async def send(
         self, request: httpx.Request, instance: Instance, extra: Mapping[str, str], limit: float | None, *, read: bool
     ) -> httpx.Response:
+        replaced = names(extra)
+        kept = [pair for pair in request.headers.raw if pair[0].lower() not in replaced]
         addressed = httpx.Request(
             request.method,
             request.url.copy_with(scheme=_scheme(request, instance), host=instance.address, port=instance.port),
             # The Host header stays the logical one: a redirect then comes back to the service, and is balanced again.
-            headers=[*request.headers.raw, *((name.encode(), value.encode()) for name, value in extra.items())],
+            headers=[*kept, *((name.encode(), value.encode()) for name, value in extra.items())],
             stream=request.stream,
             extensions=request.extensions,
         )

@@ -15,6 +15,7 @@ from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.transport import DiscoveryTransport
+from registry.telemetry import Observer
 
 __all__ = ["SyncDiscoveryTransport"]
 
@@ -38,12 +39,22 @@ class SyncDiscoveryTransport(httpx.BaseTransport):
         policy: Policy = "p2c",
         ejection: EjectionPolicy | None = None,
         connections: ConnectionOptions | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """The options mean what they mean to DiscoveryTransport. ``resolver``: not used on any other event loop."""
+        """The options mean what they mean to DiscoveryTransport. ``resolver``: not used on any other event loop.
+
+        ``observer``: is told on the event loop's thread, within the calling thread's context.
+        """
 
         def engine() -> DiscoveryTransport:
             return DiscoveryTransport(
-                resolver, retry=retry, deadline=deadline, policy=policy, ejection=ejection, connections=connections
+                resolver,
+                retry=retry,
+                deadline=deadline,
+                policy=policy,
+                ejection=ejection,
+                connections=connections,
+                observer=observer,
             )
 
         self._make, self._engine = engine, engine()

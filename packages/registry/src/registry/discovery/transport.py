@@ -13,13 +13,15 @@ from registry.discovery.balancing import Policy, named_pick
 from registry.discovery.blame import Failure
 from registry.discovery.call import Call, Outcome, Terms
 from registry.discovery.endpoint import Endpoint
+from registry.discovery.explanation import Explanation
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.pool import Pool
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.sender import H11Sender, HttpxSender, Sender
-from registry.discovery.upstream import Explanation, Upstream
+from registry.discovery.upstream import Upstream
 from registry.errors import InvalidInputError, RegistryError
+from registry.telemetry import Observer, Observers
 from registry.validation import check_known_service, check_service
 
 __all__ = ["DiscoveryTransport"]
@@ -49,12 +51,15 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         ejection: EjectionPolicy | None = None,
         connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """``deadline``: time limit in seconds for all attempts of a call together, until the response headers arrive.
 
         ``policy``: ``"p2c"``, ``"random"``, ``"round_robin"`` or a function. ``connections``: options of the built-in
-        connections to instances. ``transport``: an httpx transport to use instead of those.
+        connections to instances. ``transport``: an httpx transport to use instead of those. ``observer``: is told of
+        calls, attempts, and what happens to instances (``registry.telemetry``).
         """
+        self.observers = Observers(observer)
         self._resolver = resolver
         self._retry = retry or RetryPolicy()
         self._deadline = math.inf if deadline is None else deadline
@@ -78,16 +83,25 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         )
         upstream.budget.deposit()
         call = Call(request, upstream, terms)
+        try:
+            response = await self._until_answered(call)
+        except BaseException as error:
+            call.end(error)
+            raise
+        call.end(response)
+        return response
+
+    async def _until_answered(self, call: Call) -> httpx.Response:
         if call.left() <= 0:
-            raise httpx.ConnectTimeout("the deadline has passed: nothing was sent", request=request)
+            raise httpx.ConnectTimeout("the deadline has passed: nothing was sent", request=call.request)
         while True:
             endpoint = await self._next_endpoint(call)
             if endpoint is None:
                 return call.give_up()
             await call.discard()
             # Who tries out an instance that hung must not hang with it.
-            attempt = self._hedged if call.hedge or (call.safe and endpoint.doubtful) else self._attempt
-            call.outcome, failure = await attempt(call, endpoint)
+            send = self._hedged if call.hedge or (call.safe and endpoint.doubtful) else self._attempt
+            call.outcome, failure = await send(call, Attempt(call, endpoint))
             if failure is None and isinstance(call.outcome, httpx.Response):
                 return call.outcome
             if failure is None or not self._goes_on(call, failure):
@@ -96,6 +110,10 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
     def explain(self, service: str, tag: str | None = None) -> Explanation:
         """The state of each instance in this process: why it is picked or not. Reads memory only, never blocks."""
         return self._upstream(service, tag).explain()
+
+    def explain_all(self) -> tuple[Explanation, ...]:
+        """The same of every (service, tag) that was called and is still known."""
+        return tuple(upstream.explain() for upstream in self._upstreams.values())
 
     async def _next_endpoint(self, call: Call) -> Endpoint | None:
         """Whom to ask next, after a back-off once all were asked; None: the last outcome has to do."""
@@ -124,44 +142,45 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
             and self._retry.allows(failure, idempotent=call.idempotent, replayable=call.replayable)
             and (failure is Failure.NOT_SENT or not call.retried_before)
             and call.left() > 0
-            and call.upstream.budget.withdraw()
+            and call.upstream.may_retry(call.failed)
         )
 
-    async def _attempt(
-        self, call: Call, endpoint: Endpoint, picked: float | None = None
-    ) -> tuple[Outcome, Failure | None]:
+    async def _attempt(self, call: Call, attempt: Attempt) -> tuple[Outcome, Failure | None]:
         """Sends once. Raises: what the source of the request's body raises."""
-        with Attempt(call, endpoint, picked) as attempt:
+        with attempt:
             attempt.outcome = await self._sender.send(
-                call.request, endpoint.instance, attempt.headers, call.attempt_limit(), read=call.terms.read
+                call.request, attempt.endpoint.instance, attempt.headers, call.attempt_limit(), read=call.terms.read
             )
         assert attempt.outcome is not None
         return attempt.outcome, attempt.failure
 
-    async def _hedged(self, call: Call, endpoint: Endpoint) -> tuple[Outcome, Failure | None]:
+    async def _hedged(self, call: Call, attempt: Attempt) -> tuple[Outcome, Failure | None]:
         """Sends once more, to another instance, when the answer takes longer than most; the first success wins."""
-        started = time.monotonic()
-        attempts = [asyncio.ensure_future(self._attempt(call, endpoint, started))]
+        started, endpoint, upstream = time.monotonic(), attempt.endpoint, call.upstream
+        attempts = [asyncio.ensure_future(self._attempt(call, attempt))]
         returned = None
         try:
-            done, running = await asyncio.wait(attempts, timeout=call.upstream.p95())
+            done, running = await asyncio.wait(attempts, timeout=upstream.p95())
             if not done and call.attempt < self._retry.max_retries:
-                second = await call.upstream.pick(call.tried, safe=True)
-                if second is not None and call.upstream.budget.withdraw():
+                second = await upstream.pick(call.tried, safe=True)
+                if second is not None and upstream.budget.withdraw():
                     call.seen = True
-                    attempts.append(asyncio.ensure_future(self._attempt(call, second, time.monotonic())))
+                    attempts.append(asyncio.ensure_future(self._attempt(call, Attempt(call, second, hedge=True))))
                     running.add(attempts[-1])
             while not done or (running and all(task.result()[1] for task in done)):
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             returned = min(done, key=lambda task: task.result()[1] is not None)
             if returned is not attempts[0]:
                 # Were only the others counted, what is slow would be ever less, and every call be hedged in the end.
-                call.upstream.latencies.append(time.monotonic() - started)
+                upstream.latencies.append(time.monotonic() - started)
                 if endpoint.doubtful and not attempts[0].done():
                     # Silent again where another answered: a failure, or it would be tried out at every turn.
-                    call.upstream.pool.failed(endpoint, Failure.SENT, time.monotonic() - started)
+                    silent = time.monotonic() - started
+                    upstream.pool.failed(endpoint, Failure.SENT, silent, "timeout", f"silent for {silent:.3f} s")
             return returned.result()
         finally:
+            if len(attempts) > 1:
+                upstream.hedged(won=returned is attempts[1])
             losers = [task for task in attempts if task is not returned]
             for task in losers:
                 task.cancel()
@@ -174,8 +193,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
             check(service)
-            pool = Pool(service, named_pick(self._policy), policy=self._ejection)
-            upstream = Upstream(self._resolver, pool, tag, self._retry)
+            pool = Pool(service, named_pick(self._policy), policy=self._ejection, observers=self.observers)
+            upstream = Upstream(self._resolver, pool, tag, self._retry, self.observers)
             self._upstreams = {key: known for key, known in self._upstreams.items() if known.pool.knows_any}
             self._upstreams[service, tag] = upstream
         return upstream

@@ -4,16 +4,18 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import Literal
 
 from registry.discovery.endpoint import Endpoint
+from registry.discovery.explanation import EndpointState, Explanation
 from registry.discovery.pool import Pool
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryBudget, RetryPolicy
 from registry.errors import RegistryError, RegistryUnavailableError
-from registry.model import LeftOut, View
+from registry.model import Snapshot, View
+from registry.telemetry import AttemptOutcome, CallOutcome, Event, Observers
 
-__all__ = ["EndpointState", "Explanation", "Upstream"]
+__all__ = ["Upstream"]
 
 _LONG = 1.0
 """Seconds of silence that are long where nothing is known of how long answers take."""
@@ -21,47 +23,22 @@ _TOO_SHORT_TO_TELL = 0.25
 """Seconds of silence that say nothing: the answer may be one that takes longer than most."""
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointState:
-    """One instance as this process sees it. Times in seconds from now."""
-
-    id: str
-    netloc: str
-    weight: int
-    in_flight: int
-    latency: float
-    picks: int
-    """How often it was picked."""
-    failures: int
-    """Failures in a row."""
-    ejected_for: float
-    """How long it will not be picked; 0: it is not ejected."""
-    listed: bool
-    """False: lost by the registry, or its checks fail; asked only if nothing else is left."""
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Why an instance would be chosen or not."""
-
-    service: str
-    endpoints: tuple[EndpointState, ...]
-    failing_fast_for: float
-    """How long calls are turned away because every instance fails; 0: they are not."""
-    view: View
-    """How fresh the list is, and what the registry said last."""
-
-    @property
-    def left_out(self) -> tuple[LeftOut, ...]:
-        """Which instances the registry knows and does not offer, and why: ``view.left_out``."""
-        return self.view.left_out
-
-
 class Upstream:
     """Joins the resolver's view of one (service, tag) to the pool that picks from it."""
 
-    def __init__(self, resolver: Resolver, pool: Pool, tag: str | None, retry: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        resolver: Resolver,
+        pool: Pool,
+        tag: str | None,
+        retry: RetryPolicy | None = None,
+        observers: Observers | None = None,
+    ) -> None:
         self.pool = pool
+        self.observers = observers or Observers()
+        self.calls: dict[CallOutcome, int] = {}
+        self.retries: dict[AttemptOutcome, int] = {}
+        self.hedges: dict[Literal["won", "lost"], int] = {}
         self.retry = retry or RetryPolicy()
         self.budget = RetryBudget(self.retry.budget_ratio, self.retry.budget_per_second)
         self.latencies: deque[float] = deque(maxlen=256)
@@ -82,7 +59,7 @@ class Upstream:
                 if snapshot is None:
                     raise RegistryUnavailableError(f"nothing is known about '{pool.service}' yet")
             if snapshot is not pool.snapshot:
-                pool.update(snapshot, self._view().lost)
+                self._update(snapshot)
         except RegistryError as error:
             absence = error
             self._nobody()
@@ -92,6 +69,18 @@ class Upstream:
             await asyncio.sleep(0)
             raise absence or pool.unavailable()
         return endpoint
+
+    def may_retry(self, failed: AttemptOutcome) -> bool:
+        """Whether another attempt may follow one that ended so; if so, it is counted, and paid for."""
+        paid = self.budget.withdraw()
+        if paid:
+            self.retries[failed] = self.retries.get(failed, 0) + 1
+        return paid
+
+    def hedged(self, *, won: bool) -> None:
+        """A second attempt was sent because the first took long."""
+        which: Literal["won", "lost"] = "won" if won else "lost"
+        self.hedges[which] = self.hedges.get(which, 0) + 1
 
     def is_long(self, seconds: float) -> bool:
         """Whether an answer that has not come after so long is late: answers to others usually come sooner."""
@@ -107,9 +96,23 @@ class Upstream:
 
     def _nobody(self) -> None:
         """Nobody is listed, but those who are lost may still answer."""
-        lost = self._view().lost
-        if self.pool.snapshot or lost is not self.pool.lost:
-            self.pool.update((), lost)
+        if self.pool.snapshot or self._view().lost is not self.pool.lost:
+            self._update(())
+
+    def _update(self, snapshot: Snapshot) -> None:
+        view, before = self._view(), self.pool.endpoints
+        self.pool.update(snapshot, view.lost)
+        if not self.observers.of_events:
+            return
+        after, service = self.pool.endpoints, self.pool.service
+        for key in after.keys() - before.keys():
+            self.observers.happened(Event("joined", service, key[0]))
+        why = {left.id: left for left in view.left_out}
+        for key in before.keys() - after.keys():
+            left = why.get(key[0])
+            self.observers.happened(
+                Event("left", service, key[0], left.kind if left else "vanished", left.reason if left else "")
+            )
 
     def _view(self) -> View:
         return self._resolver.view(self.pool.service, self._tag)
@@ -120,27 +123,22 @@ class Upstream:
         try:
             snapshot = self._resolver.resolve(pool.service, self._tag)
             if snapshot is not None and snapshot is not pool.snapshot:
-                pool.update(snapshot, self._view().lost)
+                self._update(snapshot)
         except RegistryError:
             self._nobody()
-        endpoints = [(endpoint, True) for endpoint in pool.endpoints.values()]
-        endpoints += [(endpoint, False) for endpoint, _ in pool.gone.values()]
+        pool.ledger.keep(pool.endpoints.keys() | pool.gone.keys(), now)
+        listed = [EndpointState.of(endpoint, now, listed=True) for endpoint in pool.endpoints.values()]
+        gone = [EndpointState.of(endpoint, now, listed=False) for endpoint, _ in pool.gone.values()]
         return Explanation(
             service=pool.service,
-            endpoints=tuple(
-                EndpointState(
-                    id=endpoint.instance.id,
-                    netloc=endpoint.instance.netloc,
-                    weight=endpoint.instance.weight,
-                    in_flight=endpoint.in_flight,
-                    latency=endpoint.latency(now),
-                    picks=endpoint.picks,
-                    failures=endpoint.failures,
-                    ejected_for=max(0.0, endpoint.ejected_until - now),
-                    listed=listed,
-                )
-                for endpoint, listed in endpoints
-            ),
+            tag=self._tag,
+            endpoints=(*listed, *gone),
             failing_fast_for=pool.failing_fast_for,
             view=self._view(),
+            calls=dict(self.calls),
+            retries=dict(self.retries),
+            hedges=dict(self.hedges),
+            budget_left=self.budget.left(),
+            budget_exhausted=self.budget.exhausted,
+            departed=pool.ledger.departed,
         )

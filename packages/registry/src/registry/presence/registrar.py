@@ -1,7 +1,6 @@
 """Presence: this instance is registered in Consul exactly as long as it can answer."""
 
 import asyncio
-import contextvars
 import logging
 import random
 from collections.abc import Mapping
@@ -14,7 +13,9 @@ from registry.presence.entry import Entry
 from registry.presence.probe import Probe
 from registry.presence.registration import Registration
 from registry.presence.siblings import PAUSE, Siblings
+from registry.presence.standing import Standing
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.telemetry import Observer, background_context
 from registry.validation import check_meta
 
 __all__ = ["Registrar"]
@@ -28,7 +29,6 @@ REJOIN_DELAY = 0.3, 0.5
 """Seconds, from and to. Siblings that are being stopped together must not bring each other back. (After a restart of
 the agent, where all its services come at once, the back-off spreads them.)"""
 SILENCE_BEFORE_WARNING = 5.0
-FAILED = "registration failed, so callers can't find this service; it serves on and tries again every 2 s: %s"
 LOOK = 1.0
 """Seconds between two looks at whether this host still has the address that was registered."""
 
@@ -40,11 +40,17 @@ class Registrar:
     find it at once. It registers again when the agent has lost the instance or this host's address has changed, and
     keeps trying while Consul is away. Several processes may do so for one instance, such as uvicorn's workers.
 
-    ``about``: default metadata, such as ``version``; the settings take precedence. Raises: InvalidInputError.
+    ``about``: default metadata, such as ``version``; the settings take precedence. ``observer``: is told when it is
+    registered, withdrawn or in doubt. Raises: InvalidInputError.
     """
 
     def __init__(
-        self, service: ServiceSettings, consul: ConsulSettings | None = None, *, about: Mapping[str, str] | None = None
+        self,
+        service: ServiceSettings,
+        consul: ConsulSettings | None = None,
+        *,
+        about: Mapping[str, str] | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._service = service
         self._about = check_meta(dict(about or {}))
@@ -68,6 +74,8 @@ class Registrar:
         """Ids under which it was registered at addresses that this host no longer has."""
         self.registration: Registration | None = None
         """What is written to Consul; None until this host's address is known."""
+        self.standing = Standing(service.name, observer)
+        """Whether it is written, and how often it was."""
 
     @property
     def instance_id(self) -> str | None:
@@ -89,7 +97,7 @@ class Registrar:
     def start(self) -> None:
         """Starts in the background; never blocks and never fails."""
         self._task = asyncio.get_running_loop().create_task(
-            self._run(), name=f"registrar {self._service.name}", context=contextvars.Context()
+            self._run(), name=f"registrar {self._service.name}", context=background_context()
         )
 
     async def withdraw(self) -> None:
@@ -102,7 +110,7 @@ class Registrar:
         """
         if self._withdrawal is None:
             self._withdrawal = asyncio.get_running_loop().create_task(
-                self._withdraw(), name=f"withdraw {self._service.name}", context=contextvars.Context()
+                self._withdraw(), name=f"withdraw {self._service.name}", context=background_context()
             )
         await self._settled.wait()
 
@@ -158,7 +166,7 @@ class Registrar:
             logger.info("not deregistered: %s is in maintenance", service_id, extra={"instance": service_id})
         else:
             await self._entry.remove(service_id)
-            logger.info("deregistered %s", service_id, extra={"instance": service_id})
+            self.standing.withdrawn(service_id)
 
     async def _stop(self) -> None:
         if self._task is not None:
@@ -166,7 +174,6 @@ class Registrar:
             await asyncio.wait({self._task})
 
     async def _run(self) -> None:
-        failures = 0
         while True:
             try:
                 registration = await self._locate()
@@ -174,17 +181,13 @@ class Registrar:
                 await self._until_answering(registration)
                 async with self._writing:
                     await self._register(registration)
-                failures = 0
                 await self._warn_of_loopback(registration)
                 await self._until_outdated(registration)
-                logger.warning("registration in doubt: writing it again", extra={"instance": self.instance_id})
+                self.standing.doubted("moved" if self._has_moved(registration) else "forgotten")
                 await asyncio.sleep(random.uniform(*REJOIN_DELAY))
             except Exception as error:
                 # Consul may be away for hours: the service runs on, and this task dies only by cancellation.
-                failures += 1
-                log = logger.warning if failures == 1 else logger.debug
-                log(FAILED, str(error) or repr(error), extra={"instance": self.instance_id})
-                await asyncio.sleep(self._backoff.delay(failures))
+                await asyncio.sleep(self._backoff.delay(self.standing.interrupted(error)))
 
     async def _locate(self) -> Registration:
         """What to write: the same as before, as long as this host has that address. Raises: OSError."""
@@ -224,18 +227,13 @@ class Registrar:
         for former in tuple(self._former):
             await self._entry.remove(former)
             self._former.discard(former)
-        logger.info("registered %s", registration.id, extra={"instance": registration.id})
+        self.standing.written(registration)
 
     async def _warn_of_loopback(self, registration: Registration) -> None:
-        if not is_loopback(registration.address):
-            return
-        with suppress(OSError):
-            if not is_loopback(await address_towards(self._settings.host, self._settings.port)):
-                logger.warning(
-                    "registered with a loopback address, but Consul's agent is not on loopback: whoever calls from "
-                    "another host would ask itself; unset SERVICE_ADDRESS, or set it to an address that all can reach",
-                    extra={"instance": registration.id, "address": registration.instance.netloc},
-                )
+        if is_loopback(registration.address):
+            with suppress(OSError):
+                if not is_loopback(await address_towards(self._settings.host, self._settings.port)):
+                    self.standing.unreachable(registration)
 
     async def _until_outdated(self, registration: Registration) -> None:
         """Returns when the agent has lost it, or its address is gone. Raises if Consul rejects the query."""
