@@ -7,10 +7,11 @@ from fastapi import FastAPI
 from registry import ServiceSettings
 from registry.fastapi import RegistryMiddleware, health_router, lifespan
 from registry.logs import setup_logging
+from registry.tracing import server_telemetry, set_up_tracing
 
 settings = ServiceSettings()
 setup_logging(settings)
-app = FastAPI(lifespan=lifespan(settings))
+app = FastAPI(telemetry=server_telemetry(settings), lifespan=lifespan(settings, observer=set_up_tracing(settings)))
 app.add_middleware(RegistryMiddleware)
 app.include_router(health_router())
 logger = logging.getLogger("shop")

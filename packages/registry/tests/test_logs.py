@@ -325,6 +325,21 @@ def test_at_debug_polls_are_logged(start: Start) -> None:
     assert "looking" in shop.messages("shop")
 
 
+def test_a_record_names_the_trace_of_its_request(start: Start) -> None:
+    """Whatever a request logs carries its caller's trace and the request's own span; nothing else carries any."""
+    shop = start(UVICORN, OTEL_TRACES_EXPORTER="none")
+    trace, caller = "ab" * 16, "cd" * 8
+    httpx.get(f"{shop.url}/work", headers={"traceparent": f"00-{trace}-{caller}-01"}, trust_env=False)
+    shop.end(signal.SIGTERM)
+    (sold,) = (line for line in shop.lines() if line["logger"] == "shop")
+    assert sold["trace_id"] == trace
+    assert re.fullmatch("[0-9a-f]{16}", sold["span_id"])
+    assert sold["span_id"] != caller
+    (access,) = (line for line in shop.lines() if line.get("path") == "/work")
+    assert (access["trace_id"], access["span_id"]) == (trace, sold["span_id"])
+    assert {line["logger"] for line in shop.lines() if "trace_id" not in line} >= {"registry", "uvicorn.error"}
+
+
 def test_a_text_run_is_readable(start: Start) -> None:
     """By default: one line each, which begins with time, level and logger, and ends with what is known."""
     shop = start(UVICORN, LOG_FORMAT="")

@@ -31,7 +31,7 @@ _DEFAULTS = {
 }
 _CHATTY = ("aiosqlite", "alembic", "httpcore", "httpcore2", "httpx", "httpx2")
 """Libraries that log each of their steps: shown from one level above."""
-_POLLED = frozenset({"/health", "/metrics", "/registry/state"})
+POLLED = frozenset({"/health", "/metrics", "/registry/state"})
 """Paths that machines ask every few seconds."""
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 """What every record has, and uvicorn's second copy of the message."""
@@ -110,7 +110,7 @@ class LogHandler(logging.StreamHandler[TextIO]):
         if name not in {"text", "json"}:
             raise InvalidInputError("LOG_FORMAT: set it to text or json")
         self.setFormatter(JsonFormatter() if name == "json" else TextFormatter())
-        self._polled = _POLLED | {health_path}
+        self._polled = POLLED | {health_path}
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Whether it was written. A poll, whatever its answer, is for whoever wants DEBUG."""
