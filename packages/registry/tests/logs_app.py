@@ -2,6 +2,7 @@
 
 import logging
 
+import uvicorn
 from fastapi import FastAPI
 
 from registry import ServiceSettings
@@ -26,3 +27,7 @@ async def work() -> None:
 @app.get("/error")
 async def error() -> None:
     raise RuntimeError("unhandled")
+
+
+if __name__ == "__main__":
+    uvicorn.run(app, port=settings.port)
