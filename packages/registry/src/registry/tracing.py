@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import Self, TypeAlias
 
 from registry.errors import InvalidInputError
+from registry.logs import POLLED, set_fields
 from registry.settings import ServiceSettings
 from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer, prepare_background
 
@@ -44,7 +45,6 @@ _Attributes: TypeAlias = dict[str, str | int | bool]
 _FLUSH = 2.0
 """Seconds that a collector which does not answer may delay the end of a service."""
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
-_UNTRACED = frozenset({"/health", "/metrics", "/registry/state"})
 
 
 class TracingObserver(Observer):
@@ -168,11 +168,7 @@ def _end(span: Span, said: _Attributes, status: int | None, error: BaseException
 @cache
 def _keep_background_silent() -> None:
     """From now on, whatever instruments httpx makes no trace of each of Consul's long polls."""
-    prepare_background(_suppress_spans)
-
-
-def _suppress_spans() -> None:
-    contexts.attach(contexts.set_value(NO_SPANS, True))
+    prepare_background(lambda: contexts.attach(contexts.set_value(NO_SPANS, True)))
 
 
 class _InstanceId(SpanProcessor):
@@ -188,7 +184,7 @@ class _InstanceId(SpanProcessor):
 
 def server_telemetry(settings: ServiceSettings) -> TelemetryConfig:
     """For ``FastAPI(telemetry=...)``: a span for each request, none within it, and none for what only machines ask."""
-    untraced = _UNTRACED | {settings.health_check_path}
+    untraced = POLLED | {settings.health_check_path}
     return {
         "operation_spans": False,
         "auto_configure": False,
@@ -217,7 +213,15 @@ def set_up_tracing(settings: ServiceSettings) -> TracingObserver | None:
         for exporter in exporters:
             provider.add_span_processor(BatchSpanProcessor(exporter))
         trace.set_tracer_provider(provider)
+    set_fields("trace", _ids)
     return TracingObserver()
+
+
+def _ids() -> dict[str, str]:
+    """Of the current span, for the logs."""
+    span = trace.get_current_span().get_span_context()
+    found = {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
+    return found if span.is_valid else {}
 
 
 def _exporters() -> list[SpanExporter] | None:
