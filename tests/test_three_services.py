@@ -18,7 +18,7 @@ import pytest
 from registry.testing.agent import ConsulAgent, running_agent
 from registry.testing.ports import free_ports
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 def answers(port: int) -> bool:
