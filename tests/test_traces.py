@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from demo.collector import Collector, Span, running_collector
 from registry.testing.agent import running_agent
-from tests.support.collector import Collector, Span, running_collector
-from tests.test_three_services import System, card, running_system
+from tests.system import System, running_system
+from tests.test_three_services import card
 
 
 @pytest.fixture(scope="module")

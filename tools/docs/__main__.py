@@ -21,6 +21,8 @@ PAGES = ("*.md", "LICENSE", "docs/**/*.*", "services/*/*.md", "packages/*/*.md")
 PUBLIC = (
     "registry",
     "registry.fastapi",
+    "registry.logs",
+    "registry.metrics",
     "registry.conformance",
     "registry.tracing",
     "registry.testing.fixtures",

@@ -42,6 +42,7 @@ def by_h11(request: httpx.Request, extra: dict[str, str]) -> tuple[bytes, bool]:
     return sent, connection.our_state is h11.DONE
 
 
+@pytest.mark.real
 def test_request_is_what_h11_sends() -> None:
     """Whatever is sent without h11, h11 sends byte for byte; and what it refuses is never sent."""
     count: Counter[str] = Counter()
@@ -149,6 +150,7 @@ def read_by_h11(received: bytes) -> tuple[Answer, bool] | None:
             return None
 
 
+@pytest.mark.real
 def test_answer_is_what_h11_reads() -> None:
     """Whatever is read without h11, h11 reads the same and would keep the connection; what may become one can."""
     count: Counter[str] = Counter()

@@ -11,11 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from demo.collector import Collector, running_collector
 from registry import InvalidInputError, ServiceSettings
 from registry.testing.agent import ConsulAgent
 from registry.testing.ports import free_ports
 from registry.tracing import server_telemetry, set_up_tracing
-from tests.support.collector import Collector, running_collector
 from tests.support.command import ServiceProcess, wait_until
 
 HERE = Path(__file__).parent

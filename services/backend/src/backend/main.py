@@ -7,12 +7,15 @@ from backend.database import Database
 from backend.errors import add_error_handlers
 from backend.lifespan import keep
 from backend.settings import Settings
-from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan, state_router
+from registry.logs import setup_logging
+from registry.metrics import metrics_router
 from registry.tracing import server_telemetry, set_up_tracing
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
+    setup_logging(settings)
     database = Database(settings.database_url, settings.database_timeout, password=settings.database_password)
     app = FastAPI(
         title=settings.name,
@@ -31,6 +34,8 @@ def create_app(settings: Settings) -> FastAPI:
     add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router(database=database.ping))
+    app.include_router(metrics_router())
+    app.include_router(state_router())
     app.include_router(routes.router)
     return app
 

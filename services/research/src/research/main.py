@@ -2,7 +2,9 @@
 
 from fastapi import FastAPI
 
-from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan, state_router
+from registry.logs import setup_logging
+from registry.metrics import metrics_router
 from registry.tracing import server_telemetry, set_up_tracing
 from research import clients, routes
 from research.settings import Settings
@@ -10,6 +12,7 @@ from research.settings import Settings
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
+    setup_logging(settings)
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,
@@ -20,6 +23,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RegistryMiddleware)
     add_problem_handlers(app)
     app.include_router(health_router())
+    app.include_router(metrics_router())
+    app.include_router(state_router())
     app.include_router(routes.router)
     return app
 

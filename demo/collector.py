@@ -1,4 +1,4 @@
-"""A collector inside the test's process: keeps the spans that are exported to it by OTLP over HTTP."""
+"""A collector of traces inside this process: keeps the spans that are exported to it by OTLP over HTTP."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +26,8 @@ class Span:
     parent: str
     """Empty: it is a root."""
     began: int
+    """Nanoseconds since the epoch."""
+    seconds: float
     attributes: Mapping[str, str | int | bool]
     failed: bool
 
@@ -64,6 +66,7 @@ def _span(service: str, span: trace_pb2.Span) -> Span:
         id=span.span_id.hex(),
         parent=span.parent_span_id.hex(),
         began=span.start_time_unix_nano,
+        seconds=(span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
         attributes=_plain(span.attributes),
         failed=span.status.code == trace_pb2.Status.STATUS_CODE_ERROR,
     )
