@@ -15,11 +15,12 @@ from importlib.metadata import entry_points
 from typing import Self, TypeAlias
 
 from registry.errors import InvalidInputError
+from registry.extras import extra
 from registry.logs import set_fields
 from registry.settings import ServiceSettings
 from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer, prepare_background
 
-try:
+with extra("tracing"):
     from fastapi.telemetry import TelemetryConfig
     from opentelemetry import context as contexts
     from opentelemetry import propagate, trace
@@ -31,10 +32,6 @@ try:
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
     from opentelemetry.trace import ProxyTracerProvider, Span, SpanKind, StatusCode
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"{error}: registry.tracing needs what its extra brings; install registry[tracing]", name=error.name
-    ) from error
 
 __all__ = ["TracingObserver", "server_telemetry", "set_up_tracing"]
 
