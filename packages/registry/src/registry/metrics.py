@@ -12,16 +12,19 @@ from itertools import accumulate
 from typing import TypeAlias
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
 from registry.discovery.explanation import Explanation
+from registry.extras import extra
 from registry.families import FAMILIES, MOST_INSTANCES, Family
 from registry.presence.health import find_state
 from registry.presence.registrar import Registrar
 from registry.telemetry import ObservedAttempt, ObservedCall, Observer
+
+with extra("metrics"):
+    from prometheus_client import REGISTRY, CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.exposition import choose_encoder
+    from prometheus_client.registry import Collector
 
 __all__ = ["Metrics", "metrics_router"]
 

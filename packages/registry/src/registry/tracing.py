@@ -15,11 +15,12 @@ from importlib.metadata import entry_points
 from typing import Self, TypeAlias
 
 from registry.errors import InvalidInputError
-from registry.logs import POLLED, set_fields
+from registry.extras import extra
+from registry.logs import set_fields
 from registry.settings import ServiceSettings
 from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer, prepare_background
 
-try:
+with extra("tracing"):
     from fastapi.telemetry import TelemetryConfig
     from opentelemetry import context as contexts
     from opentelemetry import propagate, trace
@@ -31,10 +32,6 @@ try:
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
     from opentelemetry.trace import ProxyTracerProvider, Span, SpanKind, StatusCode
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"{error}: registry.tracing needs what its extra brings; install registry[tracing]", name=error.name
-    ) from error
 
 __all__ = ["TracingObserver", "server_telemetry", "set_up_tracing"]
 
@@ -158,8 +155,7 @@ class TracingObserver(Observer):
 
 def _end(span: Span, said: _Attributes, status: int | None, error: BaseException | None, *, failed: bool) -> None:
     if failed:
-        kind = type(error).__name__ if error is not None else str(status or said["registry.outcome"])
-        said["error.type"] = kind
+        said["error.type"] = str(status or said["registry.outcome"]) if error is None else type(error).__name__
         span.set_status(StatusCode.ERROR, None if error is None else str(error))
     span.set_attributes(said)  # At once: each call of it takes a lock.
     span.end()
@@ -185,11 +181,7 @@ class _InstanceId(SpanProcessor):
 def server_telemetry(settings: ServiceSettings) -> TelemetryConfig:
     """For ``FastAPI(telemetry=...)``: a span for each request, none within it, and none for what only machines ask."""
     untraced = POLLED | {settings.health_check_path}
-    return {
-        "operation_spans": False,
-        "auto_configure": False,
-        "exclude": lambda scope: scope["path"] in untraced,
-    }
+    return {"operation_spans": False, "auto_configure": False, "exclude": lambda scope: scope["path"] in untraced}
 
 
 def set_up_tracing(settings: ServiceSettings) -> TracingObserver | None:
@@ -213,15 +205,16 @@ def set_up_tracing(settings: ServiceSettings) -> TracingObserver | None:
         for exporter in exporters:
             provider.add_span_processor(BatchSpanProcessor(exporter))
         trace.set_tracer_provider(provider)
-    set_fields("trace", _ids)
+    set_fields("trace", _current_ids)
     return TracingObserver()
 
 
-def _ids() -> dict[str, str]:
-    """Of the current span, for the logs."""
-    span = trace.get_current_span().get_span_context()
-    found = {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
-    return found if span.is_valid else {}
+def _current_ids() -> dict[str, str]:
+    """For the records of logs that are written within a span."""
+    context = trace.get_current_span().get_span_context()
+    if not context.is_valid:
+        return {}
+    return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
 
 
 def _exporters() -> list[SpanExporter] | None:
