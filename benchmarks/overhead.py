@@ -8,13 +8,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.util import find_spec
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from starlette.types import Message, Scope
 
 from benchmarks.clients import Target
@@ -27,6 +29,7 @@ from registry.discovery.upstream import Upstream
 from registry.fastapi import RegistryMiddleware
 from registry.metrics import Metrics
 from registry.telemetry import Observer
+from registry.tracing import TracingObserver
 
 __all__ = ["PROMISED", "overheads", "sync_microseconds"]
 
@@ -99,12 +102,6 @@ async def _observers(turns: int) -> dict[str, float]:
 
 def _tracings() -> Mapping[str, Observer]:
     """With the SDK's own sampler; what is sampled is batched, as ever, and then dropped."""
-    if find_spec("registry.tracing") is None:
-        return {}
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
-    from registry.tracing import TracingObserver
 
     class Nowhere(SpanExporter):
         def export(self, spans: object) -> SpanExportResult:

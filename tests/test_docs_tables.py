@@ -14,6 +14,7 @@ from pydantic import AliasChoices
 import registry
 import registry.environment
 import registry.fastapi
+import registry.logs
 import registry.testing.archive
 import registry.testing.binary
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
@@ -86,7 +87,7 @@ def test_service_variables_are_documented() -> None:
     documented = {
         (name, who): default
         for name, (default, who) in documented_variables().items()
-        if not name.startswith("CONSUL_")
+        if not name.startswith(("CONSUL_", "LOG_"))
     }
     for service in SERVICES:
         settings = importlib.import_module(f"{service.folder}.settings").Settings
@@ -96,6 +97,12 @@ def test_service_variables_are_documented() -> None:
         rows = re.findall(r"^\| `([A-Z_]+)` \| .* \| (.*) \|$", page, re.MULTILINE)
         documented |= {(name, service.name): default for name, default in rows}
     assert documented == expected
+
+
+def test_log_variables_are_documented() -> None:
+    """Every LOG_* variable that the package reads stands in the table, and no other."""
+    documented = {name for name in documented_variables() if name.startswith("LOG_")}
+    assert documented == set(re.findall(r'environ.get\("(LOG_\w+)"', inspect.getsource(registry.logs)))
 
 
 def test_consul_variables_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:

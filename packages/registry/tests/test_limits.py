@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry.fastapi import RegistryMiddleware
+from registry.fastapi import RegistryMiddleware, add_problem_handlers
 from registry.limits import SlowBodyMiddleware
 from registry.testing.ports import free_ports
 from tests.support.command import wait_until
@@ -61,6 +61,7 @@ async def trickle(port: int, head: str, chunk: bytes, gap: float, count: int = 1
 
 def fastapi_app() -> ASGIApp:
     app = FastAPI()
+    add_problem_handlers(app)
 
     @app.post("/")
     async def take(body: dict[str, Any]) -> int:
@@ -87,6 +88,7 @@ async def test_a_slow_body_is_408(app: ASGIApp, head: str, chunk: bytes) -> None
     async with serving(SlowBodyMiddleware(app, grace=0.3)) as port:
         answer, seconds = await trickle(port, head, chunk, 0.05)
     assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\ncontent-type: application/problem+json\r\n" in answer
     assert b"less than 500 bytes a second" in answer
     assert 0.3 <= seconds < 5
 

@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, routing
 from starlette.requests import HTTPConnection
-from starlette.responses import JSONResponse
-from starlette.routing import NoMatchFound
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.client import ServiceDiscoveryClient
@@ -18,11 +16,13 @@ from registry.discovery import context
 from registry.discovery.resolver import Resolver
 from registry.errors import InvalidInputError
 from registry.limits import SlowBodyMiddleware
+from registry.logs import set_fields
 from registry.presence.drain import DrainOnSigterm
 from registry.presence.health import ROOT, Check, DegradedError, find_state, health_router
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.state import STATE_PATH, state_router
 from registry.telemetry import Journal, Observer, Observers
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "lifespan",
     "problem",
     "problem_responses",
+    "state_router",
 ]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
@@ -61,7 +62,7 @@ def lifespan(
     Consul answers within 2 s. ``inner``: the app's own lifespan, entered first and left last. ``consul``: by default
     taken from the environment. ``client``: builds the client from a resolver, for options that ``settings`` does not
     have: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``. ``observer``: is told of calls, instances
-    and this one's registration (``registry.telemetry``).
+    and this one's registration (``registry.telemetry``); one that is an asynchronous context manager is entered first.
 
     Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
@@ -78,6 +79,9 @@ def lifespan(
         connection, journal = consul or ConsulSettings(), Journal()
         told = Observers(journal, observer)
         async with AsyncExitStack() as stack:
+            for one in told.each:
+                if isinstance(one, AbstractAsyncContextManager):
+                    await stack.enter_async_context(one)
             state = await stack.enter_async_context(inner(app)) if inner else None
             if hasattr(app.state, "registrar"):
                 raise InvalidInputError(
@@ -90,6 +94,7 @@ def lifespan(
             await resolver.start()
             registrar = Registrar(settings, connection, about=_about(app), observer=told)
             stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            set_fields("registrar", lambda: {"instance": registrar.instance_id})
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
                 yield state
@@ -99,10 +104,12 @@ def lifespan(
 
 def _about(app: FastAPI) -> dict[str, str]:
     """What Consul's users want to know of an instance, as metadata."""
-    own = ["/metrics" for route in app.routes if getattr(route, "path", None) == "/metrics"]
-    with suppress(NoMatchFound):
-        own.append(str(app.url_path_for("registry_metrics")))  # Included routers do not show their paths.
-    return {"version": app.version} | ({"metrics_path": own[-1]} if own else {})
+    # Newer releases of FastAPI keep the routes of an included router in one of their own.
+    each_route = getattr(routing, "iter_route_contexts", iter)
+    paths = [path for route in each_route(app.routes) if isinstance(path := getattr(route, "path", None), str)]
+    told = {"metrics_path": "/metrics", "state_path": STATE_PATH}
+    found = {name: next((path for path in paths if path.endswith(end)), "") for name, end in told.items()}
+    return {"version": app.version} | {name: path for name, path in found.items() if path}
 
 
 @contextmanager
@@ -172,7 +179,7 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
     if imposed.deadline is not None and imposed.deadline <= time.time():
         # Whoever asked has gone: an instance that was stopped must not work off what queued up meanwhile.
         late = f"the deadline in {context.DEADLINE_HEADER} passed {time.time() - imposed.deadline:.3f} s ago"
-        await JSONResponse({"detail": late}, status_code=504)(scope, receive, send)
+        await problem(504, late)(scope, receive, send)
         return
 
     def send_and_release(message: Message) -> Awaitable[None]:

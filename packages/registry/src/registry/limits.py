@@ -1,13 +1,12 @@
 """A request body that comes in too slowly is given up: who sends a byte now and then holds a connection for ever."""
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
-from types import CoroutineType
-from typing import Any, Self, cast
+from collections.abc import Awaitable
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from registry.problems import problem
 
 __all__ = ["SlowBodyMiddleware"]
 
@@ -22,7 +21,8 @@ class SlowBodyError(HTTPException):
 class SlowBodyMiddleware:
     """Answers 408 to a request whose body takes longer than ``grace`` seconds and one for every ``rate`` bytes of it.
 
-    Counts from the first time that the app asks for the body. The defaults are those of Apache's mod_reqtimeout
+    The answer is a problem (``registry.problems``), where the app has no handler of its own for HTTPException. Counts
+    from the first time that the app asks for the body. The defaults are those of Apache's mod_reqtimeout
     (``body=20,MinRate=500``).
     """
 
@@ -45,7 +45,8 @@ class SlowBodyMiddleware:
             if deadline is None:
                 deadline = asyncio.get_running_loop().time() + self._grace
             try:
-                message = await _by(deadline, receive())
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
             except TimeoutError:
                 raise SlowBodyError(self._rate) from None
             deadline += len(message.get("body", b"")) / self._rate
@@ -62,7 +63,7 @@ class SlowBodyMiddleware:
         except SlowBodyError as error:
             if started:
                 raise
-            await JSONResponse({"detail": error.detail}, error.status_code, error.headers)(scope, receive, send)
+            await problem(error.status_code, error.detail, error.headers)(scope, receive, send)
 
 
 def _has_no_body(scope: Scope) -> bool:
@@ -71,37 +72,3 @@ def _has_no_body(scope: Scope) -> bool:
     return scope["http_version"] in {"1.0", "1.1"} and not (
         b"content-length" in headers or b"transfer-encoding" in headers
     )
-
-
-async def _by(deadline: float, receiving: Awaitable[Message]) -> Message:
-    """What is received by then. A timer costs more than all else here, and most bodies are there when the app asks: it
-    is set only for what has to wait.
-
-    Raises: TimeoutError.
-    """
-    if not isinstance(receiving, CoroutineType):
-        async with asyncio.timeout_at(deadline):
-            return await receiving
-    try:
-        awaited = receiving.send(None)
-    except StopIteration as done:
-        return cast(Message, done.value)
-    async with asyncio.timeout_at(deadline):
-        return cast(Message, await _Resumed(receiving, awaited))
-
-
-class _Resumed:
-    """A coroutine that was begun by hand, to be awaited on: whoever awaits it is first given what it waits for."""
-
-    def __init__(self, begun: Coroutine[Any, Any, object], awaited: object) -> None:
-        self._first = [awaited]
-        self.send, self.throw, self.close = begun.send, begun.throw, begun.close
-
-    def __await__(self) -> Self:
-        return self
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Any:
-        return self._first.pop() if self._first else self.send(None)
