@@ -100,6 +100,13 @@ def docs(session: nox.Session) -> None:
     session.run("python", "-m", "tools.docs")
 
 
+@nox.session
+def screenshot(session: nox.Session) -> None:
+    """Take README's picture of the topology page anew, in a minute: a real system of which an instance is killed."""
+    install(session)
+    session.run("python", "-m", "tests.screenshot")
+
+
 @nox.session(venv_backend="none")
 def newcomer(session: nox.Session) -> None:
     """Follow the tutorial as somebody would who has nothing yet, in less than ten minutes."""
