@@ -167,6 +167,9 @@ def members() -> list[str]:
 
 def install(session: nox.Session) -> None:
     """Install what is locked and the workspace itself, unless this environment has exactly that already."""
+    # Tests and demo start hundreds of Pythons: what one has compiled, the next find, even where that is switched off.
+    bytecode = str(Path(session.virtualenv.location, "bytecode"))
+    session.env.update({"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode})
     sources = [LOCK, "pyproject.toml", *(f"{member}/pyproject.toml" for member in members())]
     wanted = hashlib.sha256(b"\0".join((ROOT / source).read_bytes() for source in sources)).hexdigest()
     stamp = Path(session.virtualenv.location, "installed.sha256")
@@ -174,7 +177,7 @@ def install(session: nox.Session) -> None:
         return
     stamp.unlink(missing_ok=True)
     # A sync, not an install: a reused environment must not keep what the lock dropped.
-    session.run("uv", "pip", "sync", "--require-hashes", LOCK)
+    session.run_install("uv", "pip", "sync", "--require-hashes", LOCK)
     session.install("--no-deps", *(part for member in members() for part in ("-e", member)))
     stamp.write_text(wanted)
 

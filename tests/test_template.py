@@ -35,13 +35,13 @@ def lacks(have: Sequence[str], want: Sequence[str]) -> list[str]:
 
 
 def frame_of_program(source: str) -> list[str]:
-    """A main.py without its imports, its components and its own lifespan: statement by statement, however laid out."""
+    """A main.py without its imports, components, own client and lifespan: statement by statement, however laid out."""
     module = ast.parse(source)
     [create_app] = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "create_app"]
     for call in [node for node in ast.walk(create_app) if isinstance(node, ast.Call)]:
         own = isinstance(call.func, ast.Name) and call.func.id == "health_router"
         call.keywords = [
-            keyword for keyword in call.keywords if not own and keyword.arg not in {"inner", "trust_caller"}
+            keyword for keyword in call.keywords if not own and keyword.arg not in {"client", "inner", "trust_caller"}
         ]
     body = [ast.unparse(statement) for statement in create_app.body]
     return [ast.get_docstring(module) or "", ast.unparse(create_app.args), *body, ast.unparse(module.body[-1])]

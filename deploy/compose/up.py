@@ -76,6 +76,7 @@ def _up(stack: Stack, backends: int, observe: bool, console: Console) -> None:
     for service, address in edge.items():
         console.print(f"{service:<17} http://{address}/docs", soft_wrap=True)
     console.print(f"{'Consul':<17} http://{consul}/ui", soft_wrap=True)
+    console.print(f"{'Topology':<17} http://{stack.address('edge', 8090)}/", soft_wrap=True)
     for name, address in addresses.items():
         console.print(f"{name:<17} http://{address}", soft_wrap=True)
     console.print(f"Up in {time.monotonic() - begun:.0f} s, and it runs on: `nox -s down` ends it.", soft_wrap=True)

@@ -347,6 +347,7 @@ asyncio.run(main(int(sys.argv[1])))
 """
 
 
+@pytest.mark.real
 async def test_out_of_descriptors_callers_wait_for_each_other() -> None:
     """A process with four descriptors left sends 200 calls at once: all are answered, and nobody is ejected."""
     async with raw_server(taking(0.005)) as server:

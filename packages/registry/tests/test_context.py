@@ -148,7 +148,7 @@ async def test_expired_request_is_answered_504_at_once() -> None:
         for method, path in (("GET", "/"), ("POST", "/"), ("GET", "/nowhere")):
             headers = {DEADLINE_HEADER: f"{time.time() - 2.5:.3f}"}
             answer = await http.request(method, path, headers=headers, content=b"x" * 100_000)
-            assert answer.status_code == 504
+            assert (answer.status_code, answer.headers["Content-Type"]) == (504, "application/problem+json")
             detail = answer.json()["detail"]
             assert detail.startswith("the deadline in X-Request-Deadline passed 2.5")
             assert detail.endswith(" s ago")
@@ -312,6 +312,7 @@ def answer_to(connection: socket.socket) -> tuple[int, dict[str, Any]]:
     return int(head.split()[1]), json.loads(body)
 
 
+@pytest.mark.real
 def test_stopped_instance_does_not_work_off_what_queued_up(tmp_path: Path) -> None:
     """Resumed after the deadlines, it answers 504 to what waited and executes none of it, but what is in time."""
     journal = tmp_path / "journal"
@@ -331,6 +332,7 @@ def test_stopped_instance_does_not_work_off_what_queued_up(tmp_path: Path) -> No
         assert journal.read_text().split() == ["before", "in-time"]
 
 
+@pytest.mark.real
 async def test_calls_that_timed_out_on_a_stopped_instance_are_never_executed(tmp_path: Path) -> None:
     """The client's own calls: given up after their deadline, and thrown away by the instance when it comes to them."""
     journal = tmp_path / "journal"

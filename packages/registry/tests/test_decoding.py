@@ -88,6 +88,7 @@ async def test_what_follows_the_end_is_nothing(rest: bytes) -> None:
     assert await unpacked(response("gzip"), packed, MEGABYTE) == by_httpx("gzip", packed) == TEXT
 
 
+@pytest.mark.real
 def test_what_is_unpacked_is_never_other_than_httpx_says() -> None:
     """Damaged at any place: refused where httpx refuses, cut where httpx takes half for all, otherwise the same."""
     count: Counter[str] = Counter()

@@ -296,6 +296,7 @@ async def outcome(script: Scripted, server: RawServer, send: Send, shape: Shape)
     return [each.replace(b"\r\nHost: " + address, b"\r\nHost: cards", 1) for each in received], seen
 
 
+@pytest.mark.real
 async def test_every_shape_is_sent_and_answered_as_by_httpx(capsys: pytest.CaptureFixture[str]) -> None:
     """Byte for byte what plain httpx sends, and in all that can be seen what it gives, but for what the table says."""
     grid, differences, unexplained = shapes(), Counter[str](), []
@@ -318,6 +319,7 @@ async def test_every_shape_is_sent_and_answered_as_by_httpx(capsys: pytest.Captu
     assert set(differences) == set(DELIBERATE) - {"host", "deadline", "unsent", "cookies", "surplus"}
 
 
+@pytest.mark.real
 async def test_random_sequences_on_kept_connections() -> None:
     """What one call leaves on a connection changes nothing about the next: a hundred shapes in a row, ten times."""
     grid = [shape for shape in shapes() if not shape.differs]

@@ -518,6 +518,7 @@ def known_endpoints() -> int:
     return sum(isinstance(each, Endpoint) for each in gc.get_objects())
 
 
+@pytest.mark.real
 def test_memory_is_bounded_over_many_changes() -> None:
     """A thousand changes that replace every instance within a minute: no more is remembered than was meant to be."""
     policy = EjectionPolicy(remember_at_most=500)
@@ -531,6 +532,7 @@ def test_memory_is_bounded_over_many_changes() -> None:
     assert next(reversed(pool.gone))[0] == "i998-49"  # the last that left
 
 
+@pytest.mark.real
 def test_ten_thousand_instances_and_as_many_gone_are_the_most() -> None:
     """A fleet that is replaced over and over is remembered once."""
     before, pool = known_endpoints(), Pool("cards", clock=Clock())
@@ -653,4 +655,4 @@ class Ejection(RuleBasedStateMachine):
         assert not any(endpoint.ejected_until for endpoint in self.pool.endpoints.values())
 
 
-TestEjection = Ejection.TestCase
+TestEjection = pytest.mark.real(Ejection.TestCase)

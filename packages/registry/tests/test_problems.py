@@ -1,9 +1,11 @@
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
+from starlette.responses import PlainTextResponse
 
 from registry.fastapi import add_problem_handlers, problem_responses
 
@@ -16,7 +18,7 @@ class Body(BaseModel):
 
 async def ask(method: str, path: str, **kwargs: Any) -> httpx.Response:
     """What an app with the handlers answers."""
-    app = FastAPI()
+    app = FastAPI(max_body_size=100)
     add_problem_handlers(app)
 
     @app.get("/raise/{status}", responses=problem_responses({404: "No such thing."}))
@@ -30,6 +32,10 @@ async def ask(method: str, path: str, **kwargs: Any) -> httpx.Response:
     @app.post("/count")
     async def count(body: Body) -> int:
         return body.count
+
+    @app.get("/own")
+    async def own() -> PlainTextResponse:
+        return PlainTextResponse("too large for me", 413)
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
@@ -71,6 +77,29 @@ async def test_what_nobody_caught_is_a_problem_without_its_message() -> None:
     answer = await ask("GET", "/break")
     assert (answer.status_code, answer.headers["Content-Type"]) == (500, PROBLEM)
     assert "secret" not in answer.text
+
+
+async def in_pieces() -> AsyncIterator[bytes]:
+    """A hundred bytes and one, without a Content-Length."""
+    for _ in range(101):
+        yield b" "
+
+
+@pytest.mark.parametrize("path", ["/count", "/nowhere"])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_too_large_is_a_problem(path: str, chunked: bool) -> None:
+    """What Starlette answers outside of all handlers has the same shape; what is not read is not too large."""
+    answer = await ask("POST", path, content=in_pieces() if chunked else b" " * 101)
+    status = 404 if chunked and path == "/nowhere" else 413
+    assert (answer.status_code, answer.headers["Content-Type"]) == (status, PROBLEM)
+    assert answer.json()["status"] == status
+    assert int(answer.headers["Content-Length"]) == len(answer.content)
+
+
+async def test_a_413_of_the_apps_own_stays() -> None:
+    """Only Starlette's is replaced."""
+    answer = await ask("GET", "/own")
+    assert (answer.status_code, answer.text) == (413, "too large for me")
 
 
 async def test_openapi_shows_them() -> None:

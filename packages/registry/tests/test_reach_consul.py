@@ -239,6 +239,7 @@ def sockets() -> set[str]:
     return {name for name in found if name.startswith("socket:")}
 
 
+@pytest.mark.real
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads Linux's list of open sockets")
 def test_a_child_uses_a_socket_of_its_own(serve: Serve) -> None:
     """A registry that was used before a fork asks over another connection in the child, and goes on in the parent."""

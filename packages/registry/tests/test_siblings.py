@@ -77,6 +77,7 @@ async def test_a_newcomer_is_not_overtaken() -> None:
     three.close()
 
 
+@pytest.mark.real
 async def test_a_killed_process_holds_nobody_up(sibling: subprocess.Popen[str]) -> None:
     """While another process lives it counts; once it is killed, it does not."""
     one = await joined()

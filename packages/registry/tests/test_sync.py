@@ -504,6 +504,7 @@ def test_fork(service_registry: ServiceRegistry, service_name: str, serve: Serve
     assert done.stdout.splitlines() == ["another connection", "heard of another instance"]
 
 
+@pytest.mark.real
 def test_forked_child_does_not_hold_the_parents_connections(serve: Serve) -> None:
     """What the parent closes is closed, although a child that was forked before lives on and has never called."""
     server = serve()
@@ -525,6 +526,7 @@ def test_forked_child_does_not_hold_the_parents_connections(serve: Serve) -> Non
         os.waitpid(child, 0)
 
 
+@pytest.mark.real
 def test_forked_child_counts_anew() -> None:
     """A call that the parent was waiting for when it forked does not weigh on the instance in the child."""
 
@@ -545,6 +547,7 @@ def test_forked_child_counts_anew() -> None:
         waiting.join()
 
 
+@pytest.mark.real
 def test_exit_without_close_is_quiet(serve: Serve) -> None:
     """A script that ends without closing anything prints nothing and does not hang."""
     script = (

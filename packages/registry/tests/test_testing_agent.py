@@ -45,6 +45,7 @@ def test_taken_port_is_a_clear_error() -> None:
             pass
 
 
+@pytest.mark.real
 def test_failed_start_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When Consul ends while starting, the error holds the end of its log, and its directory is gone."""
     broken = executable(tmp_path / "broken-consul", "raise SystemExit('my configuration is odd')")

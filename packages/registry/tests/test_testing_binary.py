@@ -25,6 +25,7 @@ from registry.testing.archive import download
 from registry.testing.ports import free_ports
 from registry.testing.progress import UnavailableError, run
 
+pytestmark = pytest.mark.real
 VERSION = binary.pinned_version()
 PATIENCE = 0.5
 BUILDS = """

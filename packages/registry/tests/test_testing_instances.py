@@ -128,6 +128,7 @@ with running_instances("orphan", 2) as (one, two):
 """
 
 
+@pytest.mark.real
 def test_nothing_outlives_a_killed_parent() -> None:
     """Instances die with the process that started them, paused ones too."""
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:

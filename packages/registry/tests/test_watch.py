@@ -357,6 +357,7 @@ async def test_a_consul_that_never_parks_is_not_flooded(serve: Serve) -> None:
     assert 20 <= len(server.requests) <= 21 + 5 * (time.monotonic() - started)
 
 
+@pytest.mark.real
 async def test_ten_thousand_instances_and_a_thousand_changes_leave_nothing() -> None:
     """As much lives after many changes as after a few: of small lists, and of big ones."""
 

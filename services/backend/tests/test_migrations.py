@@ -61,7 +61,7 @@ def postgres() -> Iterator[int]:
         yield port
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.real)])
 async def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database, in either."""
     if request.param == "sqlite":
@@ -114,6 +114,7 @@ async def differing(engine: AsyncEngine) -> int:
         return int(await connection.scalar(text(count)) or 0)
 
 
+@pytest.mark.real
 async def test_three_replicas_upgrade_a_database_of_the_release_before(url: str, before: AsyncEngine) -> None:
     """Started at once, all come up, each step is taken once, and every card, id and key is still known."""
     async with before.begin() as connection:
@@ -166,6 +167,7 @@ async def test_a_key_of_the_release_before_counts_from_when_it_is_met(url: str, 
     await database.aclose()
 
 
+@pytest.mark.real
 async def test_the_release_before_works_on_while_the_tables_change(url: str, before: AsyncEngine) -> None:
     """An instance that reads, publishes and changes cards all through an upgrade meets no error and loses nothing."""
     upgrade = asyncio.create_task(start_three(url))

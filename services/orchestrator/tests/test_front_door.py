@@ -297,7 +297,7 @@ async def test_a_body_too_large_is_413(start: Start, path: str, chunked: bool) -
     front = await start(raises(AssertionError("sent")))
     headers = {} if chunked else {"Content-Length": str(100 * 2**20)}
     answer = await front.post(path, content=body(), headers=headers)
-    assert answer.status_code == 413
+    assert (answer.status_code, answer.headers["Content-Type"]) == (413, "application/problem+json")
     assert taken <= 3
 
 

@@ -1,10 +1,12 @@
 """A request body that comes in too slowly is given up: who sends a byte now and then holds a connection for ever."""
 
 import asyncio
+from collections.abc import Awaitable
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from registry.problems import problem
 
 __all__ = ["SlowBodyMiddleware"]
 
@@ -19,7 +21,8 @@ class SlowBodyError(HTTPException):
 class SlowBodyMiddleware:
     """Answers 408 to a request whose body takes longer than ``grace`` seconds and one for every ``rate`` bytes of it.
 
-    Counts from the first time that the app asks for the body. The defaults are those of Apache's mod_reqtimeout
+    The answer is a problem (``registry.problems``), where the app has no handler of its own for HTTPException. Counts
+    from the first time that the app asks for the body. The defaults are those of Apache's mod_reqtimeout
     (``body=20,MinRate=500``).
     """
 
@@ -29,7 +32,7 @@ class SlowBodyMiddleware:
         self._rate = rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _has_no_body(scope):
             await self._app(scope, receive, send)
             return
         deadline: float | None = None
@@ -50,14 +53,22 @@ class SlowBodyMiddleware:
             complete = not message.get("more_body", False)
             return message
 
-        async def send_and_remember(message: Message) -> None:
+        def send_and_remember(message: Message) -> Awaitable[None]:
             nonlocal started
             started = True
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive_in_time, send_and_remember)
         except SlowBodyError as error:
             if started:
                 raise
-            await JSONResponse({"detail": error.detail}, error.status_code, error.headers)(scope, receive, send)
+            await problem(error.status_code, error.detail, error.headers)(scope, receive, send)
+
+
+def _has_no_body(scope: Scope) -> bool:
+    """Whether it can't have one. Source: RFC 9112, 6.3, for HTTP/1; in HTTP/2 a body needs no header."""
+    headers = dict(scope["headers"])
+    return scope["http_version"] in {"1.0", "1.1"} and not (
+        b"content-length" in headers or b"transfer-encoding" in headers
+    )

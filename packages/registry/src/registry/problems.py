@@ -1,6 +1,7 @@
 """Errors as RFC 9457 has them, ``application/problem+json``: whatever goes wrong, callers read one shape."""
 
 from collections.abc import Mapping
+from functools import partial
 from http.client import responses
 from typing import Any
 
@@ -8,10 +9,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.utils import is_body_allowed_for_status_code
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["add_problem_handlers", "problem", "problem_responses"]
 
+_PLAIN = PlainTextResponse("Content Too Large", 413)
+"""What Starlette answers to a body over ``max_body_size``."""
 _MEDIA_TYPE = "application/problem+json"
 _SCHEMA = {
     "title": "Problem",
@@ -47,11 +51,28 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     A 422 has ``errors``, each with ``type``, ``loc`` and ``msg``, and without the refused value: that may be long, or
     the very thing that can't be written as JSON (half a surrogate pair, NaN), and then FastAPI's own answer is a 500.
-    What is answered before the app sees the request stays as it is: a body over ``max_body_size`` is 413 in plain text.
+    So is a body over ``max_body_size`` (413), which Starlette answers itself, in plain text, around all handlers.
     """
     app.exception_handler(HTTPException)(_http_exception)
     app.exception_handler(RequestValidationError)(_refused)
     app.exception_handler(Exception)(_uncaught)
+    build = app.build_middleware_stack
+    app.build_middleware_stack = lambda: partial(_too_large, build())  # type: ignore[method-assign]
+
+
+async def _too_large(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    replaced = False
+
+    async def send_as_problem(message: Message) -> None:
+        nonlocal replaced
+        if message["type"] == "http.response.start":
+            replaced = (message["status"], message["headers"]) == (_PLAIN.status_code, _PLAIN.raw_headers)
+            if replaced:
+                await problem(413, "The body is larger than this service takes")(scope, receive, send)
+        if not replaced:
+            await send(message)
+
+    await app(scope, receive, send_as_problem)
 
 
 async def _http_exception(_: Request, error: HTTPException) -> Response:

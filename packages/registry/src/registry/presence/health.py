@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Scope
 
 from registry.presence.registrar import Registrar
+from registry.problems import problem, problem_responses
 
 __all__ = ["ROOT", "Check", "DegradedError", "find_state", "health_router"]
 
@@ -53,14 +54,14 @@ def health_router(timeout: float = 1.0, **checks: Check) -> APIRouter:
         summary="Whether this instance can work",
         responses={
             503: {"description": "A component is sick, the body says which; or the instance was told to stop"},
-            404: {"description": "Not me"},
+            **problem_responses({404: "Not me"}),
         },
     )
     async def health(request: Request, instance: str | None = None) -> JSONResponse:
         registrar: Registrar | None = find_state(request.scope, "registrar")
         if instance is not None and registrar is not None and not registrar.serves(instance):
             own = f"this is {registrar.instance_id}{', and it is leaving' if registrar.withdrawn else ''}"
-            return JSONResponse({"detail": own}, status_code=404)
+            return problem(404, own)
         if registrar is not None and registrar.withdrawn:
             return JSONResponse({"status": "leaving"}, status_code=503)
         states = await asyncio.gather(*(_state(name, check, timeout) for name, check in checks.items()))
@@ -87,6 +88,7 @@ async def _state(name: str, check: Check, timeout: float) -> dict[str, Any]:
         return {"status": "degraded", "error": str(error)}
     except Exception as error:
         if limit.expired():
+            logger.warning("health check failed: %s: no answer within %g s", name, timeout, extra={"component": name})
             return {"status": "unhealthy", "error": f"no answer within {timeout:g} s"}
         # The message may hold a connection string with its password: that goes to the log's reader only.
         logger.warning("health check failed: %s: %r", name, error, extra={"component": name})
