@@ -48,6 +48,8 @@ class Collectors:
     http: httpx.Client
     prometheus: str
     jaeger: str
+    seen_after: float = float("inf")
+    """Seconds from when all backends were passing to when Prometheus had figures of each."""
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """Labels and value of each series, now."""
