@@ -16,7 +16,7 @@ from typing import Self, TypeAlias
 
 from registry.errors import InvalidInputError
 from registry.extras import extra
-from registry.logs import set_fields
+from registry.logs import POLLED, set_fields
 from registry.settings import ServiceSettings
 from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer, prepare_background
 
