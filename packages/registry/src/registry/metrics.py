@@ -125,7 +125,7 @@ class Metrics(Observer, Collector):
         """Those that have series: who has one keeps it, or a counter would go back and forth."""
         present = dict.fromkeys(ids)
         shown = self._shown.setdefault(service, set())
-        shown &= present.keys()
+        shown.intersection_update(present)
         for id_ in present:
             if len(shown) >= MOST_INSTANCES:
                 break

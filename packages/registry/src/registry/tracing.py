@@ -16,7 +16,7 @@ from typing import Self, TypeAlias
 
 from registry.errors import InvalidInputError
 from registry.extras import extra
-from registry.logs import set_fields
+from registry.logs import POLLED, set_fields
 from registry.settings import ServiceSettings
 from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer, prepare_background
 
@@ -42,7 +42,6 @@ _Attributes: TypeAlias = dict[str, str | int | bool]
 _FLUSH = 2.0
 """Seconds that a collector which does not answer may delay the end of a service."""
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
-_UNTRACED = frozenset({"/health", "/metrics", "/registry/state"})
 
 
 class TracingObserver(Observer):
@@ -165,11 +164,7 @@ def _end(span: Span, said: _Attributes, status: int | None, error: BaseException
 @cache
 def _keep_background_silent() -> None:
     """From now on, whatever instruments httpx makes no trace of each of Consul's long polls."""
-    prepare_background(_suppress_spans)
-
-
-def _suppress_spans() -> None:
-    contexts.attach(contexts.set_value(NO_SPANS, True))
+    prepare_background(lambda: contexts.attach(contexts.set_value(NO_SPANS, True)))
 
 
 class _InstanceId(SpanProcessor):
@@ -185,7 +180,7 @@ class _InstanceId(SpanProcessor):
 
 def server_telemetry(settings: ServiceSettings) -> TelemetryConfig:
     """For ``FastAPI(telemetry=...)``: a span for each request, none within it, and none for what only machines ask."""
-    untraced = _UNTRACED | {settings.health_check_path}
+    untraced = POLLED | {settings.health_check_path}
     return {"operation_spans": False, "auto_configure": False, "exclude": lambda scope: scope["path"] in untraced}
 
 
