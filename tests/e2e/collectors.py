@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -48,6 +48,12 @@ class Collectors:
     http: httpx.Client
     prometheus: str
     jaeger: str
+    up_at: float = field(default_factory=time.monotonic)
+    """When Compose was done."""
+    seen_after: float = float("inf")
+    """Seconds from when Consul had all backends to when Prometheus had figures of each."""
+    seen_after_up: float = float("inf")
+    """Seconds to then from when Compose was done."""
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """Labels and value of each series, now."""
@@ -108,9 +114,9 @@ def collectors(system: System) -> Iterator[Collectors]:
     system.stack = Stack({**bare.variables, **images, **published, "COMPOSE_FILE": files})
     try:
         _type_what_the_page_says(system.stack, files.split(":"))
-        addresses = [f"http://{system.stack.address(name, port)}" for name, port in ADDRESSES.items()]
+        prometheus, jaeger = (f"http://{system.stack.address(name, port)}" for name, port in ADDRESSES.items())
         with httpx.Client(timeout=10.0, trust_env=False) as http:
-            yield Collectors(http, *addresses)
+            yield Collectors(http, prometheus, jaeger)
     except BaseException:
         system.keep_logs("with the collectors")
         raise

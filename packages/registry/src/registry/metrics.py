@@ -15,20 +15,17 @@ from typing import TypeAlias
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from registry.discovery.explanation import Explanation
+from registry.extras import extra
 from registry.families import BUCKETS, FAMILIES, MOST_INSTANCES, Family, Histogram, Series
 from registry.presence.health import find_state
 from registry.presence.registrar import Registrar
 from registry.telemetry import ObservedAttempt, ObservedCall, Observer
 
-try:
+with extra("metrics"):
     from prometheus_client import REGISTRY, CollectorRegistry
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"{error}: registry.metrics needs what its extra brings; install registry[metrics]", name=error.name
-    ) from error
 
 __all__ = ["Metrics", "metrics_router"]
 
