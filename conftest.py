@@ -1,4 +1,3 @@
-import os
 import signal
 import sys
 from collections.abc import Generator
@@ -11,10 +10,6 @@ pytest_plugins = ["registry.testing.fixtures"]
 # A shell starts its background jobs with SIGINT ignored, and that is inherited: no child could be sent a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What is deployed is uvicorn with what it needs and no more; test_runners.py tries the rest that is installed here.
-os.environ.setdefault("UVICORN_HTTP", "h11")
-os.environ.setdefault("UVICORN_LOOP", "asyncio")
-
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
@@ -22,7 +17,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-REAL = {"consul_agent", "private_consul_agent", "consul_binary", "instances", "postgres"}
+REAL = {"consul_agent", "fresh_consul_agent", "private_consul_agent", "consul_binary", "instances", "postgres"}
 """Fixtures that start processes."""
 STARTS = {"subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"}
 """What Python reports when it starts one: https://docs.python.org/3/library/audit_events.html"""

@@ -50,6 +50,15 @@ def quick(session: nox.Session) -> None:
 
 
 @nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests and count the branches that they take, which must be as many as before; arguments go to pytest."""
+    install(session)
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    # The floor is for all tests: a part of them is only shown.
+    session.run("coverage", "report", *(["--fail-under=0"] if session.posargs else []))
+
+
+@nox.session
 def httpx2(session: nox.Session) -> None:
     """Run the package's tests with httpx2 in httpx's place; arguments go to pytest."""
     install(session)
@@ -89,6 +98,13 @@ def docs(session: nox.Session) -> None:
     """Build the site into .site/html, strictly: every link, anchor and public name has to be there."""
     install(session)
     session.run("python", "-m", "tools.docs")
+
+
+@nox.session
+def screenshot(session: nox.Session) -> None:
+    """Take README's picture of the topology page anew, in a minute: a real system of which an instance is killed."""
+    install(session)
+    session.run("python", "-m", "tests.screenshot")
 
 
 @nox.session(venv_backend="none")

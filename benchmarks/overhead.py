@@ -20,7 +20,14 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from starlette.types import Message, Scope
 
 from benchmarks.clients import Target
-from registry import Instance, RetryPolicy, ServiceDiscoveryClient, StaticResolver, SyncDiscoveryTransport
+from registry import (
+    ConsulResolver,
+    Instance,
+    RetryPolicy,
+    ServiceDiscoveryClient,
+    StaticResolver,
+    SyncDiscoveryTransport,
+)
 from registry.discovery.attempt import Attempt
 from registry.discovery.call import Call, Terms
 from registry.discovery.context import DEADLINE_HEADER, said
@@ -211,8 +218,6 @@ async def _compare(ways: Mapping[str, Callable[[], Awaitable[Any]]], turns: int)
 
 def sync_microseconds(target: Target, calls: int) -> dict[str, float]:
     """µs of CPU of a blocking call over real connections: through ours, and with a bare client; these take turns."""
-    from registry import ConsulResolver
-
     transport = SyncDiscoveryTransport(ConsulResolver(target.consul))
     with httpx.Client(trust_env=False) as bare, httpx.Client(transport=transport) as ours:
         taken: dict[str, list[float]] = {"bare `httpx.Client`": [], "over `SyncDiscoveryTransport`": []}

@@ -67,7 +67,7 @@ def _run(ports: Ports, once: bool, console: Console) -> None:
         system = System(ports, processes, collector)
         system.start()
         live.update(system.table(system.rows(), "starting Consul"))
-        with running_agent(http_port=ports.consul, binary=consul):
+        with running_agent(http_port=ports.consul, binary=consul, in_memory=True):
             try:
                 _wait_until_passing(system, live)
                 path = asyncio.run(show_tour(system, console))

@@ -241,10 +241,11 @@ def test_every_port_is_guarded() -> None:
         "http-request del-header X-Request-Deadline",
         "http-request del-header X-Retry-Attempt",
         "http-request deny status 413 ",
+        "http-request deny status 404 ",
     ):
         assert f"    {rule}" in public
     frontends = [section for section in sections if section.startswith("frontend ")]
-    assert len(frontends) == len(OURS) + 1
+    assert len(frontends) == len(OURS) + 2  # the page's port, and the container's own check
     for frontend in frontends:
         if not frontend.startswith("frontend alive from basics "):
             assert " from public\n" in frontend

@@ -177,7 +177,7 @@ class Session:
 
     def _is_up(self, port: str) -> bool:
         try:
-            answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=5.0, trust_env=False)
+            answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=5.0, trust_env=False, verify=False)
         except httpx.TransportError:
             return False
         instance = answer.headers.get("X-Service-Instance")
@@ -209,7 +209,7 @@ class Session:
 def session(
     request: pytest.FixtureRequest,
     consul_binary: Path,
-    private_consul_agent: ConsulAgent,
+    fresh_consul_agent: ConsulAgent,
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -217,20 +217,20 @@ def session(
     """The reader of one page."""
     for variable in [name for name in os.environ if name.startswith(("CONSUL_HTTP", "SERVICE_"))]:
         monkeypatch.delenv(variable)
-    monkeypatch.setenv("CONSUL_HTTP_ADDR", f"localhost:{private_consul_agent.http_port}")
+    monkeypatch.setenv("CONSUL_HTTP_ADDR", f"localhost:{fresh_consul_agent.http_port}")
     monkeypatch.chdir(tmp_path)
     typed = [block.code for block in blocks(request.param.read_text()) if block.language == "bash"]
     if any(re.search(r"agent -(dev|config)", code) for code in typed):
-        private_consul_agent.stop()
+        fresh_consul_agent.stop()
         server, serf = free_ports(2)
         consul = tmp_path_factory.mktemp("bin") / "consul"
         consul.write_text(
-            _CONSUL.format(binary=consul_binary, http=private_consul_agent.http_port, server=server, serf=serf)
+            _CONSUL.format(binary=consul_binary, http=fresh_consul_agent.http_port, server=server, serf=serf)
         )
         consul.chmod(0o755)
         monkeypatch.setenv("CONSUL_BIN", str(consul))
         monkeypatch.setenv("PATH", f"{consul.parent}{os.pathsep}{os.environ['PATH']}")
-    session = Session(request.param, private_consul_agent, tmp_path)
+    session = Session(request.param, fresh_consul_agent, tmp_path)
     try:
         yield session
     finally:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import httpx
 
+from registry.extras import extra
 from registry.service_registry import ServiceRegistry
-from registry.testing import extra
 from registry.testing.agent import ConsulAgent
 from registry.testing.ports import free_ports
 
-with extra():
+with extra("testing"):
     import psutil
 
 __all__ = ["ServiceProcess", "found", "running_service", "wait_until"]
@@ -58,8 +58,9 @@ class ServiceProcess:
         self.port = port or free_ports(1)[0]
         self.id = f"{name}-127.0.0.1-{self.port}"
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, trust_env=False, verify=False)
         self._consul = consul
+        self._registry = ServiceRegistry("127.0.0.1", consul.http_port, consul.token) if consul else None
         self._directory = tempfile.TemporaryDirectory(prefix="service-")
         self.directory = Path(self._directory.name)
         """For files of the app and the test alone; the app finds it in the variable ``DIRECTORY``."""
@@ -96,8 +97,8 @@ class ServiceProcess:
 
     def is_found(self) -> bool:
         """Whether discovery finds it."""
-        assert self._consul is not None, "made without a Consul agent"
-        return self.id in found(self._consul, self.name)
+        assert self._registry is not None, "made without a Consul agent"
+        return self.id in {instance.id for instance in self._registry.discover_service(self.name)}
 
     @property
     def log(self) -> str:
@@ -127,11 +128,13 @@ class ServiceProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self.http.close()
+        if self._registry is not None:
+            self._registry.close()
         if self._consul is not None:
             headers = {} if self._consul.token is None else {"X-Consul-Token": self._consul.token}
             url = f"{self._consul.url}/v1/agent/service/deregister/{self.id}"
             with suppress(httpx.TransportError):  # Consul may be what the test has broken
-                httpx.put(url, headers=headers, timeout=1.0, trust_env=False)
+                httpx.put(url, headers=headers, timeout=1.0, trust_env=False, verify=False)
         self._directory.cleanup()
 
 

@@ -286,7 +286,7 @@ def test_maintenance_is_no_shortfall_and_no_pass(consul_agent: ConsulAgent, star
 
 def test_a_token_that_sees_nothing_is_named(consul_binary: Path, start: Start) -> None:
     """Under access rules, what we may not see is unclear and not missing; with a token that may, all is seen."""
-    with running_agent(binary=consul_binary, acl=True) as agent:
+    with running_agent(binary=consul_binary, acl=True, in_memory=True) as agent:
         service = start(agent, "research.main:app")
         wait_until(service.is_found)
         blind = broken(examine(service.url, settings(agent), patience=0.2))

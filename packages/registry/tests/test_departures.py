@@ -129,10 +129,10 @@ async def test_maintenance_of_all_is_obeyed_and_explained(
 
 
 async def test_maintenance_of_the_node_is_obeyed(
-    private_consul_agent: ConsulAgent, service_name: str, serve: Serve
+    fresh_consul_agent: ConsulAgent, service_name: str, serve: Serve
 ) -> None:
     """It takes all instances of a host out together."""
-    async with scene_at(private_consul_agent, service_name, serve) as scene:
+    async with scene_at(fresh_consul_agent, service_name, serve) as scene:
         scene.put("/v1/agent/maintenance?enable=true&reason=new+disks")
         assert isinstance(await scene.refused(), NoHealthyInstanceError)
         assert scene.reasons() == dict.fromkeys(scene.servers, "in maintenance: new disks")
@@ -201,14 +201,14 @@ async def test_failing_checks_are_doubted(consul_agent: ConsulAgent, service_nam
 
 
 async def test_a_consul_that_forgot_is_doubted(
-    private_consul_agent: ConsulAgent, service_name: str, serve: Serve
+    fresh_consul_agent: ConsulAgent, service_name: str, serve: Serve
 ) -> None:
     """Back without its data it knows nobody, and calls go on; who was in maintenance before stays out."""
-    async with scene_at(private_consul_agent, service_name, serve) as scene:
+    async with scene_at(fresh_consul_agent, service_name, serve) as scene:
         one, two = scene.servers
         scene.maintain(one)
         await wait_until(lambda: scene.listed() == {two})
-        await asyncio.to_thread(private_consul_agent.restart, keep_data=False)
+        await asyncio.to_thread(fresh_consul_agent.restart, keep_data=False)
         await wait_until(lambda: not scene.listed())
         assert {await scene.call() for _ in range(20)} == {two}
         assert scene.reasons() == {two: "Consul lost it: asked while nobody else is left"}

@@ -53,7 +53,7 @@ CLIENT_CALLS: dict[str, Call] = {
 
 @contextmanager
 def _agent(fault: Callable[[ConsulAgent], None], binary: Path) -> Iterator[int]:
-    with running_agent(binary=binary) as agent:
+    with running_agent(binary=binary, in_memory=True) as agent:
         fault(agent)
         yield agent.http_port
 
@@ -219,7 +219,7 @@ def test_registry_recovers_with_its_consul(private_consul_agent: ConsulAgent) ->
 @pytest.fixture(scope="module")
 def acl_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
     """An agent that denies by default, with one instance of ``cards``."""
-    with running_agent(acl=True, binary=consul_binary) as agent:
+    with running_agent(acl=True, binary=consul_binary, in_memory=True) as agent:
         with ServiceRegistry("127.0.0.1", agent.http_port, agent.token) as registry:
             registry.register_service("cards", "10.0.0.1", 8000, tags=["v1"])
         yield agent
@@ -261,7 +261,7 @@ READS = 'service "{}" {{ policy = "read" }} node_prefix "" {{ policy = "read" }}
 def granted(request: pytest.FixtureRequest, consul_binary: Path) -> Iterator[tuple[ConsulAgent, Callable[[str], None]]]:
     """An agent that denies by default, and a way to give rights to those who send no token."""
     with (
-        running_agent(acl=True, binary=consul_binary) as agent,
+        running_agent(acl=True, binary=consul_binary, in_memory=True) as agent,
         httpx.Client(base_url=agent.url, headers={"X-Consul-Token": agent.token or ""}, trust_env=False) as consul,
     ):
 

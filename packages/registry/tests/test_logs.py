@@ -201,6 +201,7 @@ def run(program: str, **variables: str) -> str:
     return ran.stdout + ran.stderr
 
 
+@pytest.mark.real
 def test_importing_changes_nothing() -> None:
     """The package gets no handler and no level anywhere before a service asks for it."""
     program = """
@@ -211,6 +212,7 @@ print([logging.root.handlers, logging.root.level, logging.getLogger("registry").
     assert run(program) == "[[], 30, []]\n"
 
 
+@pytest.mark.real
 def test_a_set_up_before_ours_stays() -> None:
     """Whoever has given the root logger a handler gets exactly what he asked for."""
     program = """
@@ -225,6 +227,7 @@ logging.getLogger("shop").info("not seen")
     assert run(program, LOG_LEVEL="DEBUG") == "mine seen\n"
 
 
+@pytest.mark.real
 def test_levels_and_warnings() -> None:
     """LOG_LEVEL is for all; libraries that log their every step come one level later; warnings are records."""
     program = """
@@ -325,6 +328,21 @@ def test_at_debug_polls_are_logged(start: Start) -> None:
     assert "looking" in shop.messages("shop")
 
 
+def test_a_record_names_the_trace_of_its_request(start: Start) -> None:
+    """Whatever a request logs carries its caller's trace and the request's own span; nothing else carries any."""
+    shop = start(UVICORN, OTEL_TRACES_EXPORTER="none")
+    trace, caller = "ab" * 16, "cd" * 8
+    httpx.get(f"{shop.url}/work", headers={"traceparent": f"00-{trace}-{caller}-01"}, trust_env=False)
+    shop.end(signal.SIGTERM)
+    (sold,) = (line for line in shop.lines() if line["logger"] == "shop")
+    assert sold["trace_id"] == trace
+    assert re.fullmatch("[0-9a-f]{16}", sold["span_id"])
+    assert sold["span_id"] != caller
+    (access,) = (line for line in shop.lines() if line.get("path") == "/work")
+    assert (access["trace_id"], access["span_id"]) == (trace, sold["span_id"])
+    assert {line["logger"] for line in shop.lines() if "trace_id" not in line} >= {"registry", "uvicorn.error"}
+
+
 def test_a_text_run_is_readable(start: Start) -> None:
     """By default: one line each, which begins with time, level and logger, and ends with what is known."""
     shop = start(UVICORN, LOG_FORMAT="")
@@ -341,15 +359,20 @@ RUNNERS: dict[str, tuple[list[str], str]] = {
     "uvicorn, two workers": ([*UVICORN, *WORKERS], r"INFO: +|$"),
     "uvicorn, reload": ([*UVICORN, "--reload", "--reload-dir={directory}"], r"INFO: +"),
     "gunicorn, two workers": ([*GUNICORN, "--workers=2"], r"\[.*\] \[\d+\] \[INFO\]|$"),
-    "fastapi run": (["fastapi", "run", "logs_app.py", "--port={port}"], r" |$"),
+    "gunicorn, the app made before the workers": ([*GUNICORN, "--preload"], r"\[.*\] \[\d+\] \[INFO\]|$"),
+    "fastapi run": (["fastapi", "run", "logs_app.py", "--port={port}"], r" |$|INFO: +(Started|Waiting)"),
+    "uvicorn.run(app)": (["python", "logs_app.py"], r"INFO: +(Started|Waiting)"),
 }
-"""Command lines, and how those lines begin that a process writes which never imports the app."""
+"""Command lines, and how those lines begin that are written by a process without the app, or before it begins."""
 
 
-@pytest.mark.parametrize(("command", "others"), RUNNERS.values(), ids=RUNNERS)
-def test_under_other_commands_the_app_s_process_logs_the_same(start: Start, command: list[str], others: str) -> None:
+@pytest.mark.parametrize("name", RUNNERS)
+def test_under_other_commands_the_app_s_process_logs_the_same(start: Start, name: str) -> None:
     """The processes that serve write JSON only; a supervisor, which never imports the app, its own lines."""
+    command, others = RUNNERS[name]
     shop = start(command)
+    # One that is told to stop before it has joined the others would register and deregister once more.
+    wait_until(lambda: shop.log.count(f"registered {shop.id}") == 1 + ("two workers" in name), 30)
     visit(shop)
     lines = [line for line in shop.log.splitlines() if not re.match(others, line)]
     found = [json.loads(line) for line in lines]
@@ -365,6 +388,7 @@ def test_under_other_commands_the_app_s_process_logs_the_same(start: Start, comm
 def test_with_our_handler_in_a_log_config_the_supervisor_logs_the_same(start: Start) -> None:
     """``--log-config`` with ``LogHandler`` reaches the process that starts the workers: every line is JSON, once."""
     shop = start([*UVICORN, *WORKERS, "--log-config={directory}/logging.json"], {"logging.json": LOG_CONFIG})
+    wait_until(lambda: shop.messages("registry").count(f"registered {shop.id}") == 2, 30)
     visit(shop)
     messages = [line["message"] for line in shop.lines()]
     assert any("Started parent process" in message for message in messages)
@@ -403,6 +427,7 @@ def test_uvicorn_s_options_keep_their_meaning(start: Start) -> None:
     assert shop.messages("uvicorn.error") == ["Exception in ASGI application"]
 
 
+@pytest.mark.real
 def test_without_consul_one_line_says_it_all() -> None:
     """What fails, what that means, what happens next and why, in one line, once."""
     with ExitStack() as stack:

@@ -72,7 +72,7 @@ async def test_a_service_that_speaks_https_only_is_registered(
         health_check_tls_server_name="shop.test" if verified else None,
         health_check_tls_skip_verify=not verified,
     )
-    with running_agent(binary=consul_binary) as agent:
+    with running_agent(binary=consul_binary, in_memory=True) as agent:
         app = FastAPI(lifespan=lifespan(settings, consul=ConsulSettings(host="127.0.0.1", port=agent.http_port)))
         app.include_router(health_router())
         async with served(app, settings.port, tmp_path / "cert.pem"):

@@ -248,7 +248,7 @@ async def test_a_token_that_lost_its_rights_keeps_the_view(
     """Refused, or shown an empty list for lack of rights, the last view serves on and says why it is old."""
     monkeypatch.setattr("registry.consul.watch.WAIT", 1)
     with (
-        running_agent(acl=True, binary=consul_binary) as agent,
+        running_agent(acl=True, binary=consul_binary, in_memory=True) as agent,
         httpx.Client(base_url=agent.url, headers={"X-Consul-Token": agent.token or ""}, trust_env=False) as consul,
     ):
 

@@ -1,5 +1,6 @@
 """What a service exports of its traces, when, and at whose wish."""
 
+import json
 import os
 import signal
 import socket
@@ -85,6 +86,22 @@ def test_a_collector_that_hangs_delays_the_end_by_two_seconds() -> None:
             assert "does not answer" in service.log
         finally:
             service.close()
+
+
+def test_logs_name_the_trace(consul_agent: ConsulAgent, collector: Collector) -> None:
+    """A record that is written within a request has the ids of its span; any other has none."""
+    service = Traced(COMMANDS["uvicorn"], collector.environment() | {"LOG_FORMAT": "json"}, consul_agent)
+    try:
+        service.start()
+        wait_until(service.is_found)
+        assert service.http.get("/calls").json() == 200
+        service.end(signal.SIGTERM)
+        records = {record["message"]: record for record in map(json.loads, service.log.splitlines())}
+    finally:
+        service.close()
+    [request] = [span for span in collector.spans if span.name == "GET /calls"]
+    assert (records["calling"]["trace_id"], records["calling"]["span_id"]) == (request.trace, request.id)
+    assert "trace_id" not in records["Application startup complete."]
 
 
 def test_consul_is_not_traced(consul_agent: ConsulAgent, collector: Collector) -> None:

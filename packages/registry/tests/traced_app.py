@@ -1,5 +1,6 @@
 """A service that is traced, and calls itself: for test_tracing_service.py."""
 
+import logging
 import os
 
 from fastapi import FastAPI
@@ -7,6 +8,7 @@ from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
 
 from registry import ServiceSettings
 from registry.fastapi import DiscoveryClient, RegistryMiddleware, health_router, lifespan
+from registry.logs import setup_logging
 from registry.tracing import server_telemetry, set_up_tracing
 
 
@@ -16,6 +18,7 @@ class Settings(ServiceSettings):
 
 
 settings = Settings()
+setup_logging(settings)
 app = FastAPI(
     telemetry=server_telemetry(settings),
     lifespan=lifespan(settings, upstreams=["traced-api"], observer=set_up_tracing(settings)),
@@ -33,4 +36,5 @@ async def pid() -> int:
 
 @app.get("/calls")
 async def calls(client: DiscoveryClient) -> int:
+    logging.getLogger("traced").info("calling")
     return (await client.get("traced-api", "/pid")).status_code

@@ -87,12 +87,12 @@ async def register(agent: ConsulAgent, name: str, port: int, status: str) -> Non
                 await anyio.sleep(0.02)
 
 
-async def test_topology_shows_every_instance_with_its_health(private_consul_agent: ConsulAgent, start: Start) -> None:
+async def test_topology_shows_every_instance_with_its_health(fresh_consul_agent: ConsulAgent, start: Start) -> None:
     """All services by name, all instances by id, healthy or not, as Consul has them."""
-    front = await start(private_consul_agent)
+    front = await start(fresh_consul_agent)
     with service(200, HEALTHY) as good, service(503, SICK) as bad:
-        await register(private_consul_agent, "backend-api", good, "passing")
-        await register(private_consul_agent, "backend-api", bad, "critical")
+        await register(fresh_consul_agent, "backend-api", good, "passing")
+        await register(fresh_consul_agent, "backend-api", bad, "critical")
         answer = await front.get("/api/topology")
     assert answer.status_code == 200
     services = {found["service"]: found for found in answer.json()["services"]}
@@ -110,12 +110,12 @@ async def test_topology_shows_every_instance_with_its_health(private_consul_agen
     ]
 
 
-async def test_health_says_that_everything_works(private_consul_agent: ConsulAgent, start: Start) -> None:
+async def test_health_says_that_everything_works(fresh_consul_agent: ConsulAgent, start: Start) -> None:
     """Both upstreams answer by name and pass their checks: 200."""
-    front = await start(private_consul_agent)
+    front = await start(fresh_consul_agent)
     with service(200, HEALTHY) as one, service(200, HEALTHY) as two:
-        await register(private_consul_agent, "backend-api", one, "passing")
-        await register(private_consul_agent, "research-api", two, "passing")
+        await register(fresh_consul_agent, "backend-api", one, "passing")
+        await register(fresh_consul_agent, "research-api", two, "passing")
         answer = await front.get("/api/health")
     assert (answer.status_code, answer.json()["status"], answer.json()["words"]) == (200, "healthy", "Everything works")
     assert [upstream["words"] for upstream in answer.json()["services"]] == [
@@ -124,14 +124,12 @@ async def test_health_says_that_everything_works(private_consul_agent: ConsulAge
     ]
 
 
-async def test_health_says_which_instance_and_component_is_sick(
-    private_consul_agent: ConsulAgent, start: Start
-) -> None:
+async def test_health_says_which_instance_and_component_is_sick(fresh_consul_agent: ConsulAgent, start: Start) -> None:
     """A sick instance beside a good one: degraded, and the words name the component. A missing service: 503."""
-    front = await start(private_consul_agent)
+    front = await start(fresh_consul_agent)
     with service(200, HEALTHY) as good, service(503, SICK) as bad:
-        await register(private_consul_agent, "backend-api", good, "passing")
-        await register(private_consul_agent, "backend-api", bad, "critical")
+        await register(fresh_consul_agent, "backend-api", good, "passing")
+        await register(fresh_consul_agent, "backend-api", bad, "critical")
         answer = await front.get("/api/health")
     assert (answer.status_code, answer.json()["status"]) == (503, "unhealthy")
     backend, research = answer.json()["services"]
@@ -147,11 +145,11 @@ async def test_health_says_which_instance_and_component_is_sick(
     assert answer.json()["words"] == f"{backend['words']}; {research['words']}"
 
 
-async def test_any_registered_service_is_called_by_name(private_consul_agent: ConsulAgent, start: Start) -> None:
+async def test_any_registered_service_is_called_by_name(fresh_consul_agent: ConsulAgent, start: Start) -> None:
     """A service that this one was never told of is asked by name: 200 or 503; a name that nobody has is 404."""
-    front = await start(private_consul_agent)
+    front = await start(fresh_consul_agent)
     with service(200, HEALTHY, instance="billing-1") as good:
-        await register(private_consul_agent, "billing-api", good, "passing")
+        await register(fresh_consul_agent, "billing-api", good, "passing")
         answer = await front.get("/api/health/billing-api")
     assert (answer.status_code, answer.json()) == (
         200,
@@ -168,9 +166,9 @@ async def test_any_registered_service_is_called_by_name(private_consul_agent: Co
     assert (unknown.status_code, unknown.json()["detail"]) == (404, "Nobody has registered 'nobody-api'")
 
 
-async def test_consul_is_asked_itself(private_consul_agent: ConsulAgent, start: Start) -> None:
+async def test_consul_is_asked_itself(fresh_consul_agent: ConsulAgent, start: Start) -> None:
     """Consul is registered under the port of its servers, which speak no HTTP there: its own API is asked instead."""
-    front = await start(private_consul_agent)
+    front = await start(fresh_consul_agent)
     answer = await front.get("/api/health/consul")
     assert answer.status_code == 200
     assert answer.json() == {
@@ -181,14 +179,14 @@ async def test_consul_is_asked_itself(private_consul_agent: ConsulAgent, start: 
     }
 
 
-async def test_what_works_in_part_is_told(private_consul_agent: ConsulAgent, start: Start) -> None:
+async def test_what_works_in_part_is_told(fresh_consul_agent: ConsulAgent, start: Start) -> None:
     """An instance that answers 200 and says that it is degraded is in service, and the words name the component."""
-    front = await start(private_consul_agent)
+    front = await start(fresh_consul_agent)
     database = {"status": "degraded", "error": "the last write failed"}
     degraded = {"status": "degraded", "components": {"database": database}}
     with service(200, degraded, instance="backend-1") as one, service(200, HEALTHY) as two:
-        await register(private_consul_agent, "backend-api", one, "passing")
-        await register(private_consul_agent, "research-api", two, "passing")
+        await register(fresh_consul_agent, "backend-api", one, "passing")
+        await register(fresh_consul_agent, "research-api", two, "passing")
         answer = await front.get("/api/health")
     assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
     backend = answer.json()["services"][0]
@@ -201,21 +199,21 @@ async def test_what_works_in_part_is_told(private_consul_agent: ConsulAgent, sta
 
 
 async def test_health_tells_what_the_call_met_before_consul_noticed(
-    private_consul_agent: ConsulAgent, start: Start
+    fresh_consul_agent: ConsulAgent, start: Start
 ) -> None:
     """An instance that passed its last check but answers 503 now: unhealthy, in the words of its own answer."""
-    front = await start(private_consul_agent)
+    front = await start(fresh_consul_agent)
     with service(200, HEALTHY) as port:
-        await register(private_consul_agent, "backend-api", port, "passing")
+        await register(fresh_consul_agent, "backend-api", port, "passing")
     answer = (await front.get("/api/health")).json()
     assert answer["services"][0]["status"] == "unhealthy"
     assert answer["services"][0]["words"].startswith("backend-api could not be reached (ConnectError); ")
 
 
-async def test_a_dead_consul_is_told_in_words(private_consul_agent: ConsulAgent, start: Start) -> None:
+async def test_a_dead_consul_is_told_in_words(fresh_consul_agent: ConsulAgent, start: Start) -> None:
     """Without Consul topology and health are 503 with a sentence, not a 500, and not 'nothing registered'."""
-    front = await start(private_consul_agent)
-    private_consul_agent.kill()
+    front = await start(fresh_consul_agent)
+    fresh_consul_agent.kill()
     topology = await front.get("/api/topology")
     assert (topology.status_code, topology.json()["detail"]) == (503, "Consul can't be asked")
     health = await front.get("/api/health")

@@ -16,7 +16,7 @@ from registry.discovery import context
 from registry.discovery.resolver import Resolver
 from registry.errors import InvalidInputError
 from registry.limits import SlowBodyMiddleware
-from registry.logs import set_fields
+from registry.logs import set_fields, take_over_uvicorn
 from registry.presence.drain import DrainOnSigterm
 from registry.presence.health import ROOT, Check, DegradedError, find_state, health_router
 from registry.presence.registrar import Registrar
@@ -78,6 +78,7 @@ def lifespan(
     async def run(app: FastAPI) -> AsyncIterator[Any]:
         connection, journal = consul or ConsulSettings(), Journal()
         told = Observers(journal, observer)
+        take_over_uvicorn()
         async with AsyncExitStack() as stack:
             for one in told.each:
                 if isinstance(one, AbstractAsyncContextManager):

@@ -17,7 +17,7 @@ from typing import TextIO, TypeAlias
 from registry.errors import InvalidInputError
 from registry.settings import ServiceSettings
 
-__all__ = ["Fields", "JsonFormatter", "LogHandler", "TextFormatter", "set_fields", "setup_logging"]
+__all__ = ["Fields", "JsonFormatter", "LogHandler", "TextFormatter", "set_fields", "setup_logging", "take_over_uvicorn"]
 
 Fields: TypeAlias = Callable[[], Mapping[str, object]]
 """What is known where a record is written, such as the current trace; called for each record, and never blocks."""
@@ -31,7 +31,7 @@ _DEFAULTS = {
 }
 _CHATTY = ("aiosqlite", "alembic", "httpcore", "httpcore2", "httpx", "httpx2")
 """Libraries that log each of their steps: shown from one level above."""
-_POLLED = frozenset({"/health", "/metrics", "/registry/state"})
+POLLED = frozenset({"/health", "/metrics", "/registry/state"})
 """Paths that machines ask every few seconds."""
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 """What every record has, and uvicorn's second copy of the message."""
@@ -64,10 +64,25 @@ def setup_logging(settings: ServiceSettings) -> None:
     # The registrar finds out the address; until then it is unknown, unless the settings say it.
     about = {"instance": f"{settings.name}-{settings.address or '?'}-{settings.port}"}
     set_fields("settings", lambda: about)
-    root = logging.getLogger()
-    if any(not isinstance(found, LogHandler) for found in root.handlers):
+    if _is_set_up_otherwise():
         return
-    if any(_is_chosen(found) for name in _LOGGERS for found in logging.getLogger(name).handlers):
+    for name in _CHATTY:
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(max(level, min(level + 10, logging.WARNING)))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level)
+    logging.captureWarnings(True)
+    take_over_uvicorn()
+
+
+def take_over_uvicorn() -> None:
+    """Uvicorn's records go the way of all others, where ``setup_logging`` has been called; else nothing changes.
+
+    ``lifespan`` calls it, too: ``uvicorn.run(app)``, ``fastapi run`` and ``gunicorn --preload`` set up uvicorn's
+    loggers after the app was made.
+    """
+    if not logging.getLogger().handlers or _is_set_up_otherwise():
         return
     for name in _LOGGERS:
         logger = logging.getLogger(name)
@@ -77,12 +92,13 @@ def setup_logging(settings: ServiceSettings) -> None:
                 logger.handlers, logger.propagate = [], True
             if logger.level == logging.INFO:
                 logger.setLevel(logging.NOTSET)
-    for name in _CHATTY:
-        if logging.getLogger(name).level == logging.NOTSET:
-            logging.getLogger(name).setLevel(max(level, min(level + 10, logging.WARNING)))
-    root.handlers = [handler]
-    root.setLevel(level)
-    logging.captureWarnings(True)
+
+
+def _is_set_up_otherwise() -> bool:
+    """Whether a user has set up logging without us."""
+    if any(not isinstance(found, LogHandler) for found in logging.getLogger().handlers):
+        return True
+    return any(_is_chosen(found) for name in _LOGGERS for found in logging.getLogger(name).handlers)
 
 
 def _is_chosen(handler: logging.Handler) -> bool:
@@ -110,7 +126,7 @@ class LogHandler(logging.StreamHandler[TextIO]):
         if name not in {"text", "json"}:
             raise InvalidInputError("LOG_FORMAT: set it to text or json")
         self.setFormatter(JsonFormatter() if name == "json" else TextFormatter())
-        self._polled = _POLLED | {health_path}
+        self._polled = POLLED | {health_path}
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Whether it was written. A poll, whatever its answer, is for whoever wants DEBUG."""

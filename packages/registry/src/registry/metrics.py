@@ -12,16 +12,19 @@ from itertools import accumulate
 from typing import TypeAlias
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
 from registry.discovery.explanation import Explanation
+from registry.extras import extra
 from registry.families import FAMILIES, MOST_INSTANCES, Family
 from registry.presence.health import find_state
 from registry.presence.registrar import Registrar
 from registry.telemetry import ObservedAttempt, ObservedCall, Observer
+
+with extra("metrics"):
+    from prometheus_client import REGISTRY, CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.exposition import choose_encoder
+    from prometheus_client.registry import Collector
 
 __all__ = ["Metrics", "metrics_router"]
 
@@ -122,7 +125,7 @@ class Metrics(Observer, Collector):
         """Those that have series: who has one keeps it, or a counter would go back and forth."""
         present = dict.fromkeys(ids)
         shown = self._shown.setdefault(service, set())
-        shown &= present.keys()
+        shown.intersection_update(present)
         for id_ in present:
             if len(shown) >= MOST_INSTANCES:
                 break

@@ -223,10 +223,10 @@ class Journal(Observer):
         return iter(tuple(self._events))
 
 
-_preparations: list[Callable[[], None]] = []
+_preparations: list[Callable[[], object]] = []
 
 
-def prepare_background(preparation: Callable[[], None]) -> None:
+def prepare_background(preparation: Callable[[], object]) -> None:
     """Runs it in the context of every background task that begins from now on, such as a watch."""
     _preparations.append(preparation)
 

@@ -15,10 +15,12 @@ from importlib.metadata import entry_points
 from typing import Self, TypeAlias
 
 from registry.errors import InvalidInputError
+from registry.extras import extra
+from registry.logs import POLLED, set_fields
 from registry.settings import ServiceSettings
 from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer, prepare_background
 
-try:
+with extra("tracing"):
     from fastapi.telemetry import TelemetryConfig
     from opentelemetry import context as contexts
     from opentelemetry import propagate, trace
@@ -30,10 +32,6 @@ try:
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
     from opentelemetry.trace import ProxyTracerProvider, Span, SpanKind, StatusCode
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"{error}: registry.tracing needs what its extra brings; install registry[tracing]", name=error.name
-    ) from error
 
 __all__ = ["TracingObserver", "server_telemetry", "set_up_tracing"]
 
@@ -44,7 +42,6 @@ _Attributes: TypeAlias = dict[str, str | int | bool]
 _FLUSH = 2.0
 """Seconds that a collector which does not answer may delay the end of a service."""
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
-_UNTRACED = frozenset({"/health", "/metrics", "/registry/state"})
 
 
 class TracingObserver(Observer):
@@ -158,8 +155,7 @@ class TracingObserver(Observer):
 
 def _end(span: Span, said: _Attributes, status: int | None, error: BaseException | None, *, failed: bool) -> None:
     if failed:
-        kind = type(error).__name__ if error is not None else str(status or said["registry.outcome"])
-        said["error.type"] = kind
+        said["error.type"] = str(status or said["registry.outcome"]) if error is None else type(error).__name__
         span.set_status(StatusCode.ERROR, None if error is None else str(error))
     span.set_attributes(said)  # At once: each call of it takes a lock.
     span.end()
@@ -168,11 +164,7 @@ def _end(span: Span, said: _Attributes, status: int | None, error: BaseException
 @cache
 def _keep_background_silent() -> None:
     """From now on, whatever instruments httpx makes no trace of each of Consul's long polls."""
-    prepare_background(_suppress_spans)
-
-
-def _suppress_spans() -> None:
-    contexts.attach(contexts.set_value(NO_SPANS, True))
+    prepare_background(lambda: contexts.attach(contexts.set_value(NO_SPANS, True)))
 
 
 class _InstanceId(SpanProcessor):
@@ -188,12 +180,8 @@ class _InstanceId(SpanProcessor):
 
 def server_telemetry(settings: ServiceSettings) -> TelemetryConfig:
     """For ``FastAPI(telemetry=...)``: a span for each request, none within it, and none for what only machines ask."""
-    untraced = _UNTRACED | {settings.health_check_path}
-    return {
-        "operation_spans": False,
-        "auto_configure": False,
-        "exclude": lambda scope: scope["path"] in untraced,
-    }
+    untraced = POLLED | {settings.health_check_path}
+    return {"operation_spans": False, "auto_configure": False, "exclude": lambda scope: scope["path"] in untraced}
 
 
 def set_up_tracing(settings: ServiceSettings) -> TracingObserver | None:
@@ -217,7 +205,16 @@ def set_up_tracing(settings: ServiceSettings) -> TracingObserver | None:
         for exporter in exporters:
             provider.add_span_processor(BatchSpanProcessor(exporter))
         trace.set_tracer_provider(provider)
+    set_fields("trace", _current_ids)
     return TracingObserver()
+
+
+def _current_ids() -> dict[str, str]:
+    """For the records of logs that are written within a span."""
+    context = trace.get_current_span().get_span_context()
+    if not context.is_valid:
+        return {}
+    return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
 
 
 def _exporters() -> list[SpanExporter] | None:

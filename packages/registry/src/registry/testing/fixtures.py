@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, Unpack
 
-from registry.testing import extra
+from registry.extras import extra
 from registry.testing.agent import ConsulAgent, find_consul, running_agent
 from registry.testing.instances import Options, RunningInstance, running_instances
 
-with extra():
+with extra("testing"):
     import pytest
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "RunningInstance",
     "consul_agent",
     "consul_binary",
+    "fresh_consul_agent",
     "instances",
     "private_consul_agent",
 ]
@@ -40,6 +41,13 @@ def consul_binary(request: pytest.FixtureRequest) -> Path:
 def consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
     """One agent shared by all tests of the session: use unique service names, and leave it running."""
     with running_agent(binary=consul_binary) as agent:
+        yield agent
+
+
+@pytest.fixture
+def fresh_consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
+    """An agent for this test only, which is there at once: it forgets everything when it is stopped."""
+    with running_agent(binary=consul_binary, in_memory=True) as agent:
         yield agent
 
 

@@ -1,9 +1,10 @@
 """One look for all who look: it runs while somebody does, and all viewers see the same numbered picture."""
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 
 from orchestrator.page.callers import Callers
@@ -16,6 +17,8 @@ from orchestrator.page.sight import Picture, uses, whole
 from orchestrator.registry import ConsulSettings
 
 __all__ = ["Hub"]
+
+_log = logging.getLogger("orchestrator")
 
 PERIOD = 1.0
 """Seconds between two rounds of questions to all instances."""
@@ -55,7 +58,7 @@ class Hub:
                 return sheet
         return None
 
-    async def stream(self, caller: str) -> AsyncIterator[str]:
+    async def stream(self, caller: str) -> AsyncGenerator[str]:
         """Every new sheet as JSON, beginning with the present one; ends when this process is told to stop."""
         async with aclosing(self._follow(caller)) as sheets:
             async for _, text in sheets:
@@ -117,6 +120,8 @@ class Hub:
                     number += 1
                     self._publish(Picture(epoch, number, time.time(), outlook, told, differences, tuple(journal)))
                     await self._until_due(due)
+        except Exception:
+            _log.exception("the look at the system failed: the next viewer begins it anew")
         finally:
             self._publish(None)
 

@@ -10,9 +10,10 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from orchestrator.page.hub import Hub
+from orchestrator.page.sheet import Sheet
 from orchestrator.page.words import REASONS
 
-__all__ = ["router"]
+__all__ = ["render", "router"]
 
 router = APIRouter(include_in_schema=False)
 
@@ -48,13 +49,18 @@ async def _hub(request: Request) -> Hub:
 _HubDependency = Annotated[Hub, Depends(_hub)]
 
 
+def render(sheet: Sheet) -> str:
+    """The page with these words; whatever they hold is text."""
+    return _PAGE.render(sheet=sheet, reasons=REASONS)
+
+
 @router.get("/")
 async def page(hub: _HubDependency, caller: _Caller = "") -> HTMLResponse:
     """The page as it stands, whole and readable without its script."""
     sheet = await hub.sheet(caller)
     if sheet is None:
         raise HTTPException(503, "This instance is leaving", {"Retry-After": "1"})
-    return HTMLResponse(_PAGE.render(sheet=sheet, reasons=REASONS), headers=_HEADERS | {"Cache-Control": "no-store"})
+    return HTMLResponse(render(sheet), headers=_HEADERS | {"Cache-Control": "no-store"})
 
 
 @router.get("/topology/stream", response_class=EventSourceResponse)

@@ -25,8 +25,8 @@ class Cell(_Part):
     detail: str = ""
     """In small letters below it."""
     tone: Tone = ""
-    meter: float | None = None
-    """A share, 0 to 1, drawn as a bar."""
+    meter: str = ""
+    """A share, 0 to 1, drawn as a bar; empty: none."""
 
 
 class Row(_Part):

@@ -91,7 +91,7 @@ def _row(seen: Seen, state: Cell, share: float | None) -> Row:
         cells=(
             Cell(text=seen.id, detail=" · ".join(part for part in about if part)),
             state,
-            Cell(text="–" if share is None else f"{100 * share:.0f} %", meter=share),
+            _NONE if share is None else Cell(text=f"{100 * share:.0f} %", meter=f"{share:.3g}"),
             Cell(text=whole_number(picks), detail=reasons(added(endpoint.picked for endpoint in endpoints))),
             Cell(text=whole_number(sum(endpoint.in_flight for endpoint in endpoints))),
             Cell(text="–" if slowest is None else seconds(slowest)),

@@ -6,7 +6,9 @@ const svg = "http://www.w3.org/2000/svg";
 let source, latest, retry, paused = false, missed = 0, caller = byId("caller").value;
 
 function setText(node, text) {
-  if (node.textContent !== text) node.textContent = text;
+  const held = node.firstChild;
+  if (!held) node.append(text);
+  else if (held.data !== text) held.data = text;
 }
 
 function setAttribute(node, name, value) {
@@ -15,53 +17,54 @@ function setAttribute(node, name, value) {
 
 // Gives the parent one child for each item, by key and in this order; what stays is the same element as before.
 function patch(parent, items, create, fill) {
-  const known = new Map();
-  for (const child of [...parent.children]) {
-    if (child.dataset.key === undefined) continue;
-    if (known.has(child.dataset.key)) child.remove();
-    else known.set(child.dataset.key, child);
-  }
-  let next = [...parent.children].find((child) => child.dataset.key !== undefined) ?? null;
+  const known = parent.known ?? new Map([...parent.querySelectorAll(":scope > [data-key]")].map((child) => [child.dataset.key, child]));
+  const present = new Map();
+  let next = known.values().next().value ?? null;
   for (const item of items) {
     let child = known.get(item.key);
-    known.delete(item.key);
-    if (!child || child.localName !== (item.tag ?? child.localName)) {
-      child?.remove();
-      if (next === child) next = null;
+    if (child && child.localName !== (item.tag ?? child.localName)) child = undefined;
+    if (!child) {
       child = create(item);
       child.dataset.key = item.key;
     }
     if (child === next) next = next.nextElementSibling;
-    else parent.insertBefore(child, next && next.parentNode === parent ? next : null);
+    else parent.insertBefore(child, next);
     fill(child, item);
+    present.set(item.key, child);
   }
-  for (const child of known.values()) child.remove();
+  for (const [key, child] of known) if (present.get(key) !== child) child.remove();
+  parent.known = present;
+}
+
+function createPart(cell, parts, name, after) {
+  const node = document.createElement(name);
+  if (after) after.after(node);
+  else cell.append(node);
+  return (parts[name] = node);
+}
+
+function removePart(parts, name) {
+  parts[name]?.remove();
+  parts[name] = null;
 }
 
 function fillCell(node, cell) {
-  const known = node.signature;
-  const signature = `${cell.tone}\n${cell.meter}\n${cell.text}\n${cell.detail}`;
-  if (known === signature) return;
-  node.signature = signature;
-  let [text, meter, detail] = ["span", "meter", "small"].map((name) => node.querySelector(name));
-  if (!text) node.append((text = document.createElement("span")));
+  const shown = node.shown ?? {};
+  if (cell.text === shown.text && cell.detail === shown.detail && cell.tone === shown.tone && cell.meter === shown.meter) return;
+  const parts = (node.parts ??= Object.fromEntries([...node.children].map((child) => [child.localName, child])));
+  const text = parts.span ?? createPart(node, parts, "span");
   setText(text, cell.text);
-  setAttribute(text, "class", cell.tone);
-  if (cell.meter === null) meter?.remove();
+  if (cell.tone !== shown.tone) text.className = cell.tone;
+  if (!cell.meter) removePart(parts, "meter");
   else {
-    if (!meter) {
-      meter = document.createElement("meter");
-      meter.max = 1;
-      meter.setAttribute("aria-hidden", "true");
-      text.after(meter);
-    }
-    meter.value = cell.meter;
+    const fresh = !parts.meter, meter = parts.meter ?? createPart(node, parts, "meter", text);
+    if (fresh) meter.max = 1;
+    if (fresh || cell.meter !== shown.meter) setAttribute(meter, "value", cell.meter);
+    if (fresh) setAttribute(meter, "aria-hidden", "true");
   }
-  if (!cell.detail) detail?.remove();
-  else {
-    if (!detail) node.append((detail = document.createElement("small")));
-    setText(detail, cell.detail);
-  }
+  if (!cell.detail) removePart(parts, "small");
+  else setText(parts.small ?? createPart(node, parts, "small"), cell.detail);
+  node.shown = cell;
 }
 
 function createRow(row) {
@@ -75,7 +78,8 @@ function createRow(row) {
 }
 
 function fillRow(node, row) {
-  row.cells.forEach((cell, index) => fillCell(node.children[index], cell));
+  node.cached ??= [...node.children];
+  row.cells.forEach((cell, index) => fillCell(node.cached[index], cell));
 }
 
 function createGroup() {
