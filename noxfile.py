@@ -100,6 +100,13 @@ def docs(session: nox.Session) -> None:
     session.run("python", "-m", "tools.docs")
 
 
+@nox.session
+def screenshot(session: nox.Session) -> None:
+    """Take README's picture of the topology page anew, in a minute: a real system of which an instance is killed."""
+    install(session)
+    session.run("python", "-m", "tests.screenshot")
+
+
 @nox.session(venv_backend="none")
 def newcomer(session: nox.Session) -> None:
     """Follow the tutorial as somebody would who has nothing yet, in less than ten minutes."""
@@ -123,7 +130,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def up(session: nox.Session) -> None:
-    """Start the system in containers; `-- --backends 5` scales it further."""
+    """Start the system in containers; `-- --backends 5` scales it, `-- --observe` adds Prometheus and Jaeger."""
     install(session)
     session.run("python", "-m", "deploy.compose.up", *session.posargs)
 
@@ -138,7 +145,7 @@ def down(session: nox.Session) -> None:
 def images(session: nox.Session) -> None:
     """Make the base images from Debian's packages, where no official ones can be pulled; only what is missing."""
     install(session)
-    session.run("python", "-m", "deploy.compose.images")
+    session.run("python", "-m", "deploy.compose.images", *session.posargs)
 
 
 @nox.session(name="new-service")

@@ -166,7 +166,7 @@ def _outcome(scene: _Scene, found: Scene) -> Outcome:
         scene=scene.name,
         promise=scene.promise,
         seen=scene.seen.format(**found.figures),
-        kept=scene.kept(found, found.figures),
+        kept=scene.kept(found, found.figures) and not found.miscounted,
         calls=found.report.calls,
         failed=len(found.report.failures),
         duplicated=found.duplicated,

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.clients import CLIENTS
+from benchmarks.overhead import PROMISED
 from benchmarks.plot import plot
 from benchmarks.results import Results
 
@@ -13,6 +14,16 @@ __all__ = ["write"]
 
 FLEET = 3
 """The promises are about so many instances; or about the nearest number that was measured."""
+
+OVERHEADS = {
+    "none": "counting a call, which nobody observes",
+    "metrics": "metrics of a call",
+    "unsampled": "tracing a call, not sampled",
+    "sampled": "tracing a call, sampled",
+    "middleware": "`RegistryMiddleware`, a GET",
+    "middleware, with a body": "`RegistryMiddleware`, a POST with a body",
+}
+"""What is measured, in words."""
 
 BUSY = (
     "**Others used the machine during this run.** Calls per second and latencies say little then, ratios of them "
@@ -55,6 +66,15 @@ def _page(results: Results) -> str:
         "A pick, from the service's name to an instance while 32 calls are under way, takes at the median "
         + " and ".join(f"{micros:.1f} µs among {size:,} instances" for size, micros in results.pick.items())
         + f". During 10,000 calls in steady state Consul got {results.consul_requests} requests.",
+        "## What it costs to be seen",
+        "µs of CPU that a call over the facade takes beyond one that nobody observes, and that a request to a FastAPI "
+        "app takes beyond one without `RegistryMiddleware`. Nothing goes over a network here, or so little would not "
+        "show; what is compared takes turns of 50 calls. Without an observer, only the counting itself is measured.",
+        _table(["", "µs"], ((OVERHEADS[name], f"{micros:.1f}") for name, micros in results.overhead.items())),
+        "## Blocking callers",
+        "µs of CPU per call of `httpx.Client`, one caller, over real connections. An event loop in another thread does "
+        "the work of `SyncDiscoveryTransport`; handing each call over and back is what it costs.",
+        _table(["", "µs"], ((name, f"{micros:,.0f}") for name, micros in results.blocking.items())),
         "## Failover",
         "Real processes, a real Consul, four callers without a pause, at least 4,000 calls each; where it says so, "
         "a steady load instead. While all instances are gone, calls fail by design. `tests/failover` asserts the same. "
@@ -92,6 +112,16 @@ def _promises(results: Results) -> list[tuple[str, str, str, str]]:
         *(
             (f"pick among {size:,} instances, p50", f"{micros:.1f} µs", "≤ 5 µs", _mark(micros <= 5))
             for size, micros in results.pick.items()
+        ),
+        *(
+            (
+                OVERHEADS[name],
+                f"{results.overhead[name]:.1f} µs",
+                f"≤ {most:g} µs",
+                _mark(results.overhead[name] <= most),
+            )
+            for name, most in PROMISED.items()
+            if name in results.overhead
         ),
         ("Consul requests per 10,000 calls", str(results.consul_requests), "0", _mark(not results.consul_requests)),
         (

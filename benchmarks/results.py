@@ -30,6 +30,10 @@ class Results:
     """Instances → median µs of a pick."""
     consul_requests: int
     """Per 10,000 calls."""
+    overhead: dict[str, float]
+    """What is measured → µs of CPU beyond the same without it."""
+    blocking: dict[str, float]
+    """Blocking client → µs of CPU per call."""
     failover: list[Outcome]
 
     def sizes(self) -> list[int]:

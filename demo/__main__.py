@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.live import Live
 
+from demo.collector import running_collector
 from demo.processes import DemoError, Processes
 from demo.system import Ports, System
 from demo.tour import show_tour, stay
@@ -58,8 +59,12 @@ def _ports(consul: int, *services: int) -> Ports:
 def _run(ports: Ports, once: bool, console: Console) -> None:
     ports.check()
     consul = find_consul()
-    with Processes() as processes, Live(console=console, refresh_per_second=8) as live:
-        system = System(ports, processes)
+    with (
+        running_collector() as collector,
+        Processes() as processes,
+        Live(console=console, refresh_per_second=8) as live,
+    ):
+        system = System(ports, processes, collector)
         system.start()
         live.update(system.table(system.rows(), "starting Consul"))
         with running_agent(http_port=ports.consul, binary=consul, in_memory=True):
@@ -101,6 +106,7 @@ def _print_urls(ports: Ports, console: Console) -> None:
     for name, port in ports.services.items():
         console.print(f"{name:<17} http://localhost:{port}/docs", soft_wrap=True)
     console.print(f"{'Consul':<17} http://localhost:{ports.consul}/ui", soft_wrap=True)
+    console.print(f"{'Who calls whom':<17} http://localhost:{ports.services['orchestrator-api']}/", soft_wrap=True)
 
 
 def _stay_until_interrupted(system: System, path: str, live: Live, console: Console) -> None:

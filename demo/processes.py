@@ -145,6 +145,7 @@ def uvicorn_command(app: str, port: int) -> list[str]:
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """The environment of the demo without what the user's shell says of services and Consul, plus ``variables``."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "CONSUL_"))}
+    """Without what the user's shell says of services, Consul, logs and traces, plus ``variables``."""
+    ours = ("SERVICE_", "CONSUL_", "LOG_", "OTEL_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | variables

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 from rich.text import Text
 
+from demo.collector import Collector
 from demo.processes import DemoError, Process, Processes, clean_environment, uvicorn_command
 from registry import RegistryUnavailableError, ServiceRegistry
 from registry.testing.ports import free_ports, is_free
@@ -53,6 +54,8 @@ class System:
 
     ports: Ports
     processes: Processes
+    collector: Collector
+    """Gets every trace."""
     answered: Counter[str] = field(default_factory=Counter)
     """Instance id → calls that it answered."""
     failed: int = 0
@@ -74,6 +77,7 @@ class System:
                 DATABASE_URL=f"sqlite+aiosqlite:///{self.processes.directory}/backend.db",
                 # What a process that is killed leaves behind goes with the directory.
                 TMPDIR=str(self.processes.directory),
+                **self.collector.environment(),
             )
             self.processes.start(service.name, uvicorn_command(service.app, port), port, environment)
 

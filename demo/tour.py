@@ -10,6 +10,7 @@ from rich.table import Table
 
 from demo.processes import DemoError
 from demo.system import System
+from demo.traces import find_trace, tree
 from registry import RegistryError, ServiceDiscoveryClient
 
 __all__ = ["show_tour", "stay"]
@@ -33,7 +34,7 @@ _PAUSE = 0.5
 async def show_tour(system: System, console: Console) -> str:
     """Publishes and enriches a card through orchestrator-api, calls backend-api ten times by name; the card's path.
 
-    In between, orchestrator-api calls every other service by its name, whichever there are.
+    In between, orchestrator-api calls every other service by its name, whichever there are. Shows a publish as a trace.
 
     Raises: DemoError, when a call fails.
     """
@@ -55,6 +56,9 @@ async def show_tour(system: System, console: Console) -> str:
         for number in range(1, 11):
             calls.add_row(f"{number}", await _call(client, path, system))
     console.print(calls)
+    if spans := await find_trace(system.collector, "POST /api/publish"):
+        console.print("One publish, as a trace", style="italic")
+        console.print(tree(spans), soft_wrap=True, highlight=False)
     return path
 
 

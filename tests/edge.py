@@ -84,7 +84,7 @@ class Replica:
 
 @dataclass
 class Edge:
-    """A running edge: the port of each service, by its name in Consul."""
+    """A running edge: the port of each service, by its name in Consul, and of ``topology``, the page."""
 
     ports: dict[str, int]
     pid: int
@@ -137,9 +137,9 @@ async def _end(server: asyncio.Server) -> None:
 async def running_edge(agent: ConsulAgent, folder: Path, *ready: str) -> AsyncIterator[Edge]:
     """The edge, once it serves these services; ended whatever happens."""
     haproxy = find_program("haproxy", "haproxy")
-    alive, *ports = free_ports(1 + len(SERVICES))
+    alive, topology, *ports = free_ports(2 + len(SERVICES))
     text = CONFIGURATION.read_text().replace('"${CONSUL_ADDRESS}:8600"', f"127.0.0.1:{agent.dns_port}")
-    text = text.replace("127.0.0.1:8404", f"127.0.0.1:{alive}")
+    text = text.replace("127.0.0.1:8404", f"127.0.0.1:{alive}").replace("bind :8090", f"bind 127.0.0.1:{topology}")
     for service, port in zip(SERVICES, ports, strict=True):
         text, found = re.subn(rf"bind :{service.port}$", f"bind 127.0.0.1:{port}", text, flags=re.MULTILINE)
         assert found == 1
@@ -147,7 +147,7 @@ async def running_edge(agent: ConsulAgent, folder: Path, *ready: str) -> AsyncIt
     file.write_text(text)
     with _process(haproxy, file, folder / "haproxy.log") as process:
         names = [service.name for service in SERVICES]
-        edge = Edge(dict(zip(names, ports, strict=True)), process.pid)
+        edge = Edge({"topology": topology, **dict(zip(names, ports, strict=True))}, process.pid)
         async with httpx.AsyncClient(trust_env=False) as client:
             for name in ready:
 

@@ -16,6 +16,7 @@ from registry.testing.ports import free_ports
 from tools.services import SERVICES
 
 START_SECONDS = 60.0
+QUIET = {"LOG_LEVEL": "ERROR"}
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def running_services(agent: ConsulAgent, folder: Path) -> Iterator[dict[str, tup
         processes = {}
         for service, port in zip(SERVICES, free_ports(len(SERVICES)), strict=True):
             command = [sys.executable, "-m", "uvicorn", service.app, "--port", str(port), "--log-level", "error"]
-            variables = {"SERVICE_PORT": str(port), "DATABASE_URL": f"sqlite:///{folder}/cards.db"}
+            variables = {"SERVICE_PORT": str(port), "DATABASE_URL": f"sqlite:///{folder}/cards.db"} | QUIET
             process = subprocess.Popen(command, env=os.environ | agent.env() | variables, cwd=folder)
             stack.callback(registry.deregister_service, f"{service.name}-127.0.0.1-{port}")
             stack.callback(process.wait)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,28 @@ def find_program(name: str, package: str) -> Path:
     if found is None:
         pytest.skip(f"needs {name}: apt-get install {package}")
     return found
+
+
+@cache
+def find_promtool() -> Path:
+    """Prometheus' own checker of rules: an installed one, else Debian's, unpacked into the cache and not installed, for
+    its package starts a server. Fails elsewhere, and says what to install."""
+    if found := _look("promtool"):
+        return found
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    target = Path(root, "registry-testing", "prometheus-debian", "promtool")
+    if not target.exists() and shutil.which("apt-get") and shutil.which("dpkg-deb"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            for command in (["update", "-qq"], ["download", "-qq", "prometheus"]):
+                subprocess.run(["apt-get", *command], cwd=folder, check=False, capture_output=True)
+            for package in Path(folder).glob("prometheus_*.deb"):
+                subprocess.run(["dpkg-deb", "-x", str(package), folder], check=False, capture_output=True)
+            if (unpacked := Path(folder, "usr/bin/promtool")).exists():
+                unpacked.replace(target)
+    if not target.exists():
+        pytest.fail("needs promtool: install Prometheus (https://prometheus.io/download)")
+    return target
 
 
 def _look(name: str) -> Path | None:

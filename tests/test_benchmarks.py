@@ -18,7 +18,10 @@ def test_quick_run(tmp_path: Path) -> None:
     clients = {sample["client"] for sample in results["samples"]}
     assert clients == {"usual", "httpx", "httpx2", "httpx_aiohttp", "transport", "facade", "aiohttp"}
     assert results["consul_requests"] == 0
+    assert {"none", "metrics", "middleware"} <= results["overhead"].keys()
+    assert len(results["blocking"]) == 2
     page = (tmp_path / "README.md").read_text()
+    assert "| metrics of a call |" in page
     assert "calls/s at 4 callers, by bare httpx" in page
     assert results["failover"][0]["scene"] in page
     ElementTree.parse(tmp_path / "throughput.svg")

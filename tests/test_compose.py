@@ -1,4 +1,4 @@
-"""What the compose file and what belongs to it promise, read from the files: needs no engine."""
+"""What the compose files and what belongs to them promise, read from the files: needs no engine."""
 
 import json
 import re
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.compose import images
+from deploy.compose import images, stack
+from deploy.compose.collectors import COLLECTORS, RECIPES
 from registry import ServiceSettings
 from tools.services import SERVICES as TABLE
 
@@ -17,6 +18,10 @@ COMPOSE = ROOT / "deploy/compose"
 TEXT = (COMPOSE / "docker-compose.yml").read_text()
 DEFINITION: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = DEFINITION["services"]
+OBSERVE_TEXT = (COMPOSE / "docker-compose.observe.yml").read_text()
+OBSERVE: dict[str, Any] = yaml.safe_load(OBSERVE_TEXT)
+CONTAINERS = SERVICES | {name: OBSERVE["services"][name] for name in COLLECTORS}
+"""With the two that the overlay adds."""
 OURS = {service.folder: service for service in TABLE}
 HAPROXY = (COMPOSE / "haproxy.cfg").read_text()
 
@@ -38,10 +43,69 @@ def test_the_services_are_the_ones_meant() -> None:
     assert {"backend": 8002, "research": 8001, "orchestrator": 8003}.items() <= ports.items()
 
 
-@pytest.mark.parametrize("name", SERVICES)
+def test_the_overlay_adds_collectors_and_sends_traces() -> None:
+    """It adds Prometheus and Jaeger, and changes nothing of the services but where traces go."""
+    services = OBSERVE["services"]
+    assert services.keys() == {"prometheus", "jaeger", *OURS}
+    for folder in OURS:
+        assert services[folder].keys() == {"environment"}
+        assert services[folder]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://jaeger:4318"
+    assert OBSERVE["x-base"] == {key: value for key, value in DEFINITION["x-base"].items() if key in OBSERVE["x-base"]}
+    assert DEFINITION["x-base"].keys() - OBSERVE["x-base"].keys() == {"user", "environment", "healthcheck"}
+    for name in COLLECTORS:
+        assert services[name]["mem_limit"] == "256m"
+
+
+def test_the_collectors_listen_where_they_are_asked() -> None:
+    """Ports of services and health checks are those in Jaeger's configuration; it keeps a bounded number of traces."""
+    jaeger = yaml.safe_load((COMPOSE / "jaeger.yml").read_text())
+    assert jaeger["receivers"]["otlp"]["protocols"]["http"]["endpoint"].endswith(":4318")
+    assert OBSERVE["services"]["jaeger"]["ports"][0].endswith(
+        jaeger["extensions"]["jaeger_query"]["http"]["endpoint"].removeprefix("0.0.0.0")
+    )
+    check = OBSERVE["services"]["jaeger"]["healthcheck"]["test"]
+    assert jaeger["extensions"]["healthcheckv2"]["http"]["endpoint"] in check[-1]
+    assert jaeger["extensions"]["jaeger_storage"]["backends"]["memory"]["memory"]["max_traces"] <= 10_000
+
+
+def test_prometheus_asks_consul() -> None:
+    """Targets come from Consul alone, and the rules file is beside the configuration."""
+    settings = yaml.safe_load((COMPOSE / "prometheus/prometheus.yml").read_text())
+    [scrape] = settings["scrape_configs"]
+    assert [key for key in scrape if key.endswith("_configs")] == ["consul_sd_configs", "relabel_configs"]
+    assert scrape["consul_sd_configs"] == [{"server": "consul:8500", "refresh_interval": "1s"}]
+    assert [(COMPOSE / "prometheus" / name).exists() for name in settings["rule_files"]] == [True]
+
+
+def test_local_collectors_are_the_official_versions() -> None:
+    """What is built where no image can be pulled has the version of the image."""
+    official = env(ROOT / ".env")
+    required = {
+        name: re.findall(
+            rf"^require {re.escape(module)} v(\S+)$", (RECIPES / name / "go.mod").read_text(), re.MULTILINE
+        )
+        for name, (module, _) in COLLECTORS.items()
+    }
+    [prometheus], [jaeger] = required["prometheus"], required["jaeger"]
+    # Prometheus calls its module 0.313.2 when the program is 3.13.2; Jaeger names 1.76.0 and 2.13.0 together.
+    _, minor, patch = prometheus.split(".")
+    assert official["PROMETHEUS_IMAGE"] == f"prom/prometheus:v{minor[0]}.{minor[1:]}.{patch}"
+    assert (official["JAEGER_IMAGE"], jaeger) == ("jaegertracing/jaeger:2.13.0", "1.76.0")
+
+
+def test_the_overlay_goes_over_whatever_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--observe`` adds one file to those of .env or of the shell, once."""
+    overlay = "deploy/compose/docker-compose.observe.yml"
+    monkeypatch.delenv("COMPOSE_FILE", raising=False)
+    assert stack.observed() == {"COMPOSE_FILE": f"deploy/compose/docker-compose.yml:{overlay}"}
+    monkeypatch.setenv("COMPOSE_FILE", f"{overlay}:a.yml:b.yml")
+    assert stack.observed() == {"COMPOSE_FILE": f"a.yml:b.yml:{overlay}"}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
 def test_a_container_has_no_more_rights_than_it_needs(name: str) -> None:
     """Every container is non-root, on a read-only root, without capabilities and without a way to get some."""
-    service = SERVICES[name]
+    service = CONTAINERS[name]
     user, group = map(int, service["user"].split(":"))
     assert user > 0
     assert group > 0
@@ -54,27 +118,27 @@ def test_a_container_has_no_more_rights_than_it_needs(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", CONTAINERS)
 def test_a_container_ends_and_comes_back_in_good_order(name: str) -> None:
     """Every container has an init, a restart policy, bounded logs, a health check, and time to drain."""
-    service = SERVICES[name]
+    service = CONTAINERS[name]
     assert service["init"] is True
     assert service["restart"] == "unless-stopped"
     assert service["logging"]["options"].keys() == {"max-size", "max-file"}
     assert service["healthcheck"]["test"][0] == "CMD"
-    assert not {"curl", "wget"} & set(service["healthcheck"]["test"])
+    assert name in COLLECTORS or not {"curl", "wget"} & set(service["healthcheck"]["test"]), "only those images have it"
     # Withdrawing from a dead Consul takes 2 s, then the drain, then what uvicorn gives calls that are under way.
     drain = ServiceSettings.model_fields["drain_seconds"].default
     uvicorn = float(re.findall(r"UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN=(\d+)", (COMPOSE / "Dockerfile").read_text())[0])
     assert seconds(service["stop_grace_period"]) > 2 + drain + uvicorn
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", CONTAINERS)
 def test_a_container_can_scale(name: str) -> None:
-    """No container has a fixed name; only Consul and the edge, which do not scale, publish ports: on loopback."""
-    service = SERVICES[name]
+    """No container has a fixed name; only those that do not scale publish ports: on loopback."""
+    service = CONTAINERS[name]
     assert "container_name" not in service
-    if name not in {"consul", "edge"}:
+    if name not in {"consul", "edge", *COLLECTORS}:
         assert "ports" not in service
         assert "networks" not in service
     for port in service.get("ports", []):
@@ -83,16 +147,16 @@ def test_a_container_can_scale(name: str) -> None:
 
 def test_what_is_depended_on_is_healthy_first() -> None:
     """Whoever depends on a service waits until it is healthy, and the services wait for Consul."""
-    for name, service in SERVICES.items():
+    for name, service in CONTAINERS.items():
         wanted = service.get("depends_on", {})
         assert all(condition == {"condition": "service_healthy"} for condition in wanted.values())
-        assert ("consul" in wanted) == (name not in {"consul", "postgres"})
+        assert ("consul" in wanted) == (name not in {"consul", "postgres", "jaeger"})
     assert "postgres" in SERVICES["backend"]["depends_on"]
 
 
 def test_every_variable_has_a_default_that_names_one_thing() -> None:
     """Every variable has a default, the same wherever it stands, and the same as in .env."""
-    used = re.findall(r"\$\{?(\w+)([^}]*)\}?", TEXT)
+    used = re.findall(r"\$\{?(\w+)([^}]*)\}?", TEXT + OBSERVE_TEXT)
     assert used
     defaults: dict[str, str] = {}
     for name, default in used:
@@ -103,7 +167,7 @@ def test_every_variable_has_a_default_that_names_one_thing() -> None:
     assert in_env == {name: image for name, image in defaults.items() if name.endswith("_IMAGE")}
     python = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (COMPOSE / "Dockerfile").read_text(), re.MULTILINE)
     assert python == [in_env["PYTHON_IMAGE"]]
-    assert all(re.search(r":\d+\.\d+|:\d+-", image) for image in in_env.values()), "every image has a version"
+    assert all(re.search(r":v?\d+\.\d+|:\d+-", image) for image in in_env.values()), "every image has a version"
     assert env(COMPOSE / "local-images.env").keys() == in_env.keys()
 
 
@@ -116,9 +180,9 @@ def test_the_root_finds_the_compose_file() -> None:
 
 def test_old_compose_accepts_the_keys() -> None:
     """Nothing that docker-compose 1.29 refuses or the legacy builder can't do has crept in."""
-    assert DEFINITION.keys() <= {"x-base", "services", "volumes", "networks"}
-    assert not {"develop", "annotations"} & {key for service in SERVICES.values() for key in service}
-    assert not [name for name, service in SERVICES.items() if "start_interval" in service["healthcheck"]]
+    assert {*DEFINITION, *OBSERVE} <= {"x-base", "x-traced", "services", "volumes", "networks"}
+    assert not {"develop", "annotations"} & {key for service in CONTAINERS.values() for key in service}
+    assert not [name for name, service in CONTAINERS.items() if "start_interval" in service["healthcheck"]]
     lines = (COMPOSE / "Dockerfile").read_text().splitlines()
     comments = [line for line in lines if line.startswith("#")]
     instructions = [line for line in lines if not line.startswith("#")]
@@ -177,10 +241,11 @@ def test_every_port_is_guarded() -> None:
         "http-request del-header X-Request-Deadline",
         "http-request del-header X-Retry-Attempt",
         "http-request deny status 413 ",
+        "http-request deny status 404 ",
     ):
         assert f"    {rule}" in public
     frontends = [section for section in sections if section.startswith("frontend ")]
-    assert len(frontends) == len(OURS) + 1
+    assert len(frontends) == len(OURS) + 2  # the page's port, and the container's own check
     for frontend in frontends:
         if not frontend.startswith("frontend alive from basics "):
             assert " from public\n" in frontend
@@ -211,15 +276,22 @@ def test_images_hold_no_secret() -> None:
 def test_local_images_are_remade_when_their_recipe_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The label by which an image counts as present changes with every file and setting that it is made of."""
     (tmp_path / "Dockerfile").write_text("FROM one\n")
-    monkeypatch.setattr(images, "_RECIPE", tmp_path)
-    before = images._recipe()
-    assert before == images._recipe()
+    before = images._recipe(tmp_path)
+    assert before == images._recipe(tmp_path)
     (tmp_path / "Dockerfile").write_text("FROM two\n")
-    changed = images._recipe()
+    changed = images._recipe(tmp_path)
     monkeypatch.setattr(images, "_PACKAGES", "python3")
-    assert len({before, changed, images._recipe()}) == 3
+    assert len({before, changed, images._recipe(tmp_path)}) == 3
 
 
+def test_an_image_follows_its_own_recipe() -> None:
+    """A change of a collector's recipe remakes that collector's image, and no base image."""
+    folders = {name: images._recipes_of(name) for name in env(COMPOSE / "local-images.env")}
+    assert {name for name, found in folders.items() if found} == {f"{name.upper()}_IMAGE" for name in COLLECTORS}
+    assert folders["JAEGER_IMAGE"] == (RECIPES, RECIPES / "jaeger")
+
+
+@pytest.mark.parametrize("observe", [False, True], ids=["", "observed"])
 @pytest.mark.parametrize(
     ("present", "reachable", "made", "official"),
     [
@@ -231,19 +303,24 @@ def test_local_images_are_remade_when_their_recipe_changes(tmp_path: Path, monke
     ],
 )
 def test_up_takes_the_images_that_can_be_had(
-    monkeypatch: pytest.MonkeyPatch, present: set[str], reachable: bool, made: bool, official: bool
+    monkeypatch: pytest.MonkeyPatch, present: set[str], reachable: bool, made: bool, official: bool, observe: bool
 ) -> None:
-    """Official images where they are or can be pulled, which makes none; local ones, made if need be, elsewhere."""
+    """Official images where they are or can be pulled, which makes none; local ones, made if need be, elsewhere.
+
+    Nobody waits for the collectors' who did not ask for them.
+    """
     calls: list[str] = []
-    local_names = env(COMPOSE / "local-images.env")
-    for name in local_names:
+    every = env(COMPOSE / "local-images.env")
+    collectors = {f"{name.upper()}_IMAGE" for name in COLLECTORS}
+    local_names = {name: image for name, image in every.items() if observe or name not in collectors}
+    for name in every:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
-        images, "has_images", lambda names: ("local" if names == local_names else "official") in present
+        images, "has_images", lambda names: ("local" if names.items() <= every.items() else "official") in present
     )
     monkeypatch.setattr(images, "can_have_official_images", lambda _: reachable)
-    monkeypatch.setattr(images, "make_missing_images", lambda: calls.append("made"))
-    chosen = images.choose_images(lambda _: None)
+    monkeypatch.setattr(images, "make_missing_images", lambda names: calls.append("made"))
+    chosen = images.choose_images(lambda _: None, observe=observe)
     official_names = {name: image for name, image in env(ROOT / ".env").items() if name in local_names}
     assert chosen == (official_names if official else local_names)
     assert calls == (["made"] if made else [])
@@ -256,5 +333,5 @@ def test_up_takes_the_images_that_the_shell_names(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, image)
     for question in ("has_images", "can_have_official_images"):
         monkeypatch.setattr(images, question, lambda _: pytest.fail("asked"))
-    monkeypatch.setattr(images, "make_missing_images", lambda: pytest.fail("made"))
-    assert images.choose_images(lambda _: None) == mine
+    monkeypatch.setattr(images, "make_missing_images", lambda _: pytest.fail("made"))
+    assert images.choose_images(lambda _: None, observe=True) == mine

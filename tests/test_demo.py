@@ -102,7 +102,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 def test_once_shows_the_tour_and_leaves_nothing(ports: list[int], temporary: Path, consul_binary: Path) -> None:
-    """`--once` publishes and enriches a card, shows three backends answering, prints the URLs, leaves nothing."""
+    """`--once` publishes and enriches a card, shows three backends answering, a trace and the URLs, leaves nothing."""
     with demo("--once", ports=ports, temporary=temporary, consul=consul_binary) as process:
         output, errors = process.communicate(timeout=90)
         assert process.returncode == 0, output + errors
@@ -115,8 +115,22 @@ def test_once_shows_the_tour_and_leaves_nothing(ports: list[int], temporary: Pat
     assert len({instance for _, instance in answered}) == 3
     for name in {service.name for service in SERVICES} - {"orchestrator-api"}:
         assert re.search(rf"│ {name} +│ {name}-127\.0\.0\.1-\d+ +│ healthy +│", output), "called by name"
+    indent = r"\n[│ ]*[├└]── "
+    path = (
+        r"\nPOST /api/publish at orchestrator-api-\S+ 201 [\d.]+ ms",
+        r"call backend-api ok [\d.]+ ms",
+        r"POST to backend-api-\S+ \(p2c_\w+\) 201 [\d.]+ ms",
+        r"POST /api/publish at backend-api-\S+ 201 [\d.]+ ms",
+        r"call research-api ok [\d.]+ ms",
+        r"POST to research-api-\S+ \(only\) 200 [\d.]+ ms",
+        r"POST /api/enrich at research-api-\S+ 200 [\d.]+ ms",
+        r"call backend-api ok [\d.]+ ms",
+    )
+    assert re.search(indent.join(path), output), "a publish as a tree"
     for port in services:
         assert f"http://localhost:{port}/docs" in output
+    front_door = services[[service.name for service in SERVICES].index("orchestrator-api")]
+    assert f"http://localhost:{front_door}/\n" in output
     assert f"http://localhost:{consul}/ui" in output
     assert output.count(" passing ") == len(SERVICES) + 2
     assert left_running(temporary) == []

@@ -14,10 +14,12 @@ from pydantic import AliasChoices
 import registry
 import registry.environment
 import registry.fastapi
+import registry.logs
 import registry.testing.archive
 import registry.testing.binary
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
 from registry.conformance import PROMISES
+from registry.families import FAMILIES
 from tools.services import SERVICES
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +87,7 @@ def test_service_variables_are_documented() -> None:
     documented = {
         (name, who): default
         for name, (default, who) in documented_variables().items()
-        if not name.startswith("CONSUL_")
+        if not name.startswith(("CONSUL_", "LOG_"))
     }
     for service in SERVICES:
         settings = importlib.import_module(f"{service.folder}.settings").Settings
@@ -95,6 +97,12 @@ def test_service_variables_are_documented() -> None:
         rows = re.findall(r"^\| `([A-Z_]+)` \| .* \| (.*) \|$", page, re.MULTILINE)
         documented |= {(name, service.name): default for name, default in rows}
     assert documented == expected
+
+
+def test_log_variables_are_documented() -> None:
+    """Every LOG_* variable that the package reads stands in the table, and no other."""
+    documented = {name for name in documented_variables() if name.startswith("LOG_")}
+    assert documented == set(re.findall(r'environ.get\("(LOG_\w+)"', inspect.getsource(registry.logs)))
 
 
 def test_consul_variables_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +187,16 @@ def test_dependencies_are_all_explained() -> None:
     names = {re.split(r"[\[<>=;, ]", requirement)[0] for requirement in requirements}
     documented = first_column(ROOT / "docs/dependencies.md")
     assert sorted(documented) == sorted(names)
+
+
+def test_metrics_are_documented() -> None:
+    """The table of metrics is the one that the code makes."""
+    lines = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        lines.append(f"| `{family.name}` | {family.kind} | {labels} | {family.help} |")
+    table = "\n".join(lines)
+    assert table in (ROOT / "docs/reference/metrics.md").read_text(), f"make the table this one:\n{table}"
 
 
 def rows(page: Path) -> list[list[str]]:

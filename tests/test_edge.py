@@ -104,6 +104,65 @@ async def test_strangers_set_no_deadline_and_no_retry_marker(
     assert seen.headers["x-other"] == "3"
 
 
+INTERNAL = (
+    "/registry/state",
+    "/%72egistry/state?after=1",
+    "/Registry/state",
+    "/registry%2Fstate/",
+    "//registry",
+    "/metrics",
+)
+PAGE = ("/", "/?caller=x", "/topology/stream", "/%74opology/topology.js", "/topology")
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_strangers_see_nothing_internal(
+    consul_agent: ConsulAgent, tmp_path: Path, client: httpx.AsyncClient, name: str
+) -> None:
+    """On every port, states and metrics are 404 however they are spelt, and never reach an instance."""
+    async with replicas(consul_agent, name, 1) as [replica], running_edge(consul_agent, tmp_path, name) as edge:
+        for path in (*INTERNAL, *(PAGE if name == "orchestrator-api" else ())):
+            assert (await client.get(edge.url(name) + path)).status_code == 404, path
+        assert replica.seen == []
+        assert (await client.get(f"{edge.url(name)}/api/registry/metrics")).status_code == 200
+
+
+async def test_the_page_has_a_port_of_its_own(
+    consul_agent: ConsulAgent, tmp_path: Path, client: httpx.AsyncClient
+) -> None:
+    """There the page and its stream are served, and nothing else."""
+    name = "orchestrator-api"
+    async with replicas(consul_agent, name, 1) as [replica], running_edge(consul_agent, tmp_path, name) as edge:
+        page = edge.url("topology")
+        for path in ("/", "/?caller=x", "/topology/stream", "/topology/topology.js"):
+            assert (await client.get(page + path)).status_code == 200, path
+        seen = len(replica.seen)
+        for path in (*INTERNAL, "/api/publish", "/docs", "/health", "/topology", "/%74opology/x"):
+            assert (await client.get(page + path)).status_code == 404, path
+        assert len(replica.seen) == seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_strangers_see_nothing_of_what_operators_see(
+    consul_agent: ConsulAgent, tmp_path: Path, client: httpx.AsyncClient, name: str
+) -> None:
+    """On every port, metrics and state are 404, however their path is written; what only resembles them arrives."""
+    private = [
+        "/metrics",
+        "/metrics/",
+        "/metrics?x=1",
+        "/%6Detrics",
+        "//metrics",
+        "/registry/state",
+        "/registry%2Fstate",
+    ]
+    public = ["/metrics-of-cards", "/api/metrics"]
+    async with replicas(consul_agent, name, 1) as [replica], running_edge(consul_agent, tmp_path, name) as edge:
+        answers = [await client.get(edge.url(name) + path) for path in (*private, *public)]
+        assert [seen.target for seen in replica.seen] == [f"GET {path}" for path in public]
+    assert [answer.status_code for answer in answers] == [404] * len(private) + [200] * len(public)
+
+
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_body_too_large_never_gets_in(
     consul_agent: ConsulAgent, tmp_path: Path, client: httpx.AsyncClient, name: str

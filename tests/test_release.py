@@ -81,7 +81,7 @@ def test_the_sdist_is_enough_to_build_from(dist: Path) -> None:
 
 
 def test_the_metadata_says_what_it_is(metadata: email.message.Message) -> None:
-    """Name, version, description, README and extra arrive; no address of a host is among them."""
+    """Name, version, description, README and extras arrive; no address of a host is among them."""
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
     assert (metadata["Name"], metadata["Version"], metadata["Summary"]) == (
         "registry",
@@ -92,7 +92,7 @@ def test_the_metadata_says_what_it_is(metadata: email.message.Message) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["Description-Content-Type"].startswith("text/markdown")
     assert metadata.get_payload() == (PACKAGE / "README.md").read_text()
-    assert metadata.get_all("Provides-Extra") == ["testing"]
+    assert metadata.get_all("Provides-Extra") == sorted(project["optional-dependencies"])
     assert metadata.get_all("Classifier") == project["classifiers"]
     assert "://" not in str(metadata)
 

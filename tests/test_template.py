@@ -35,7 +35,7 @@ def lacks(have: Sequence[str], want: Sequence[str]) -> list[str]:
 
 
 def frame_of_program(source: str) -> list[str]:
-    """A main.py without its imports, its components, its own client and lifespan: by statement, however laid out."""
+    """A main.py without its imports, components, own client and lifespan: statement by statement, however laid out."""
     module = ast.parse(source)
     [create_app] = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "create_app"]
     for call in [node for node in ast.walk(create_app) if isinstance(node, ast.Call)]:

@@ -3,17 +3,19 @@
 import argparse
 import sys
 
-from deploy.compose.stack import Stack, StackError, check_engine
+from deploy.compose.stack import Stack, StackError, check_engine, observed
 
 
 def main() -> int:
     """Removes the system; returns the exit code."""
     parser = argparse.ArgumentParser(prog="nox -s down --", description=__doc__)
-    parser.add_argument("--volumes", action="store_true", help="remove the cards and Consul's data as well")
+    parser.add_argument(
+        "--volumes", action="store_true", help="remove the cards, Consul's data and Prometheus's as well"
+    )
     options = parser.parse_args()
     try:
         check_engine()
-        Stack().compose("down", "--remove-orphans", *(["--volumes"] if options.volumes else []))
+        Stack(observed()).compose("down", "--remove-orphans", *(["--volumes"] if options.volumes else []))
     except StackError as error:
         sys.stderr.write(f"{error}\n")
         return 1

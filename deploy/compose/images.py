@@ -1,5 +1,6 @@
-"""`nox -s images`: the four base images from Debian's packages, where none can be pulled; only what is missing."""
+"""`nox -s images`: the base images from Debian's packages, where none can be pulled; only what is missing."""
 
+import argparse
 import hashlib
 import os
 import shlex
@@ -8,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deploy.compose.collectors import COLLECTORS, RECIPES, find_collector
 from deploy.compose.stack import (
     HERE,
     LOCAL_IMAGES,
@@ -36,11 +38,14 @@ _BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 _LABEL = "registry.recipe"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Makes what is missing and says how to use it; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="nox -s images --", description=__doc__)
+    parser.add_argument("--observe", action="store_true", help="Prometheus and Jaeger too, which takes long")
+    options = parser.parse_args(arguments)
     try:
         check_engine()
-        make_missing_images()
+        make_missing_images(_names(LOCAL_IMAGES, options.observe))
     except (StackError, ConsulNotFoundError) as error:
         _say(str(error))
         return 1
@@ -51,48 +56,60 @@ def main() -> int:
     return 0
 
 
-def choose_images(say: Callable[[str], Any]) -> dict[str, str]:
+def choose_images(say: Callable[[str], Any], *, observe: bool = False) -> dict[str, str]:
     """The image variables to give Compose: the shell's, else the official ones, else (made if need be) the local ones.
 
-    Raises: StackError, ConsulNotFoundError.
+    ``observe``: with those of docker-compose.observe.yml. Raises: StackError, ConsulNotFoundError.
     """
-    local = read_env(LOCAL_IMAGES)
+    local = _names(LOCAL_IMAGES, observe)
     official = {name: image for name, image in read_env(ROOT / ".env").items() if name in local}
     chosen = {name: os.environ[name] for name in local if os.environ.get(name)}
     official |= chosen
     if chosen == official or has_images(official):
         return official
     # Local ones that are there were made because nothing could be pulled: asking again would cost a time-out.
-    if has_images(local) or not can_have_official_images(official):
+    if has_images(_names(LOCAL_IMAGES, observe=False)) or not can_have_official_images(official):
         say("The official images can't be had here: taking those made from Debian's packages.")
-        make_missing_images()
+        make_missing_images(local)
         return local | chosen
     return official
 
 
-def make_missing_images() -> None:
-    """Returns when the four images of local-images.env exist and follow their recipe. Blocks for up to some minutes.
+def make_missing_images(names: Mapping[str, str]) -> None:
+    """Returns when these images of local-images.env exist and follow their recipes. Blocks for minutes.
 
     Raises: StackError, ConsulNotFoundError.
     """
-    names = read_env(LOCAL_IMAGES)
-    recipe = _recipe()
-    missing = [variable for variable, image in names.items() if image_label(image, _LABEL) != recipe]
+    recipes = {variable: _recipe(_RECIPE, *_recipes_of(variable)) for variable in names}
+    missing = {variable for variable, image in names.items() if image_label(image, _LABEL) != recipes[variable]}
     if "PYTHON_IMAGE" in missing:
         with _step(names["PYTHON_IMAGE"]):
-            _import_python(names["PYTHON_IMAGE"], recipe)
+            _import_python(names["PYTHON_IMAGE"], recipes["PYTHON_IMAGE"])
     # Consul's is the last stage of the recipe.
-    for variable in sorted(set(missing) - {"PYTHON_IMAGE"}, key="CONSUL_IMAGE".__eq__):
-        # Before the clock starts: finding Consul may mean building it, and that shows progress of its own.
-        consul = find_consul() if variable == "CONSUL_IMAGE" else None
+    for variable in sorted(missing - {"PYTHON_IMAGE"}, key="CONSUL_IMAGE".__eq__):
+        # Before the clock starts: finding a program may mean building it, and that shows progress of its own.
+        name = variable.removesuffix("_IMAGE").lower()
+        program = find_collector(name) if _collector(variable) else find_consul() if name == "consul" else None
         with _step(names[variable]):
-            _build(variable.removesuffix("_IMAGE").lower(), names, names[variable], recipe, consul)
+            _build(name, names[variable], names["PYTHON_IMAGE"], recipes[variable], program)
     _say(f"The images are there: {', '.join(names.values())}")
 
 
-def _recipe() -> str:
+def _names(file: Path, observe: bool) -> dict[str, str]:
+    return {variable: image for variable, image in read_env(file).items() if observe or not _collector(variable)}
+
+
+def _collector(variable: str) -> bool:
+    return variable.removesuffix("_IMAGE").lower() in COLLECTORS
+
+
+def _recipes_of(variable: str) -> tuple[Path, ...]:
+    return (RECIPES, RECIPES / variable.removesuffix("_IMAGE").lower()) if _collector(variable) else ()
+
+
+def _recipe(*folders: Path) -> str:
     """Changes with everything that an image is made of, so that no stale one is taken for present."""
-    parts = [path.read_bytes() for path in sorted(_RECIPE.iterdir())]
+    parts = [path.read_bytes() for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     words = f"{_SUITE} {_PACKAGES} {_LEFT_OUT} {_BUNDLE}".encode()
     return hashlib.sha256(b"\0".join([words, *parts])).hexdigest()[:16]
 
@@ -141,18 +158,25 @@ def _mmdebstrap() -> str:
     return shutil.which("mmdebstrap") or "mmdebstrap"
 
 
-def _build(target: str, names: dict[str, str], image: str, recipe: str, consul: Path | None) -> None:
+def _build(name: str, image: str, python: str, recipe: str, program: Path | None) -> None:
+    """``program``: the binary that goes in; of collectors, it is all that they differ by."""
+    collector = name in COLLECTORS
     with tempfile.TemporaryDirectory(prefix="registry-image-") as context:
-        shutil.copytree(_RECIPE, context, dirs_exist_ok=True)
-        if consul is not None:
-            shutil.copy2(consul, Path(context, "consul"))
-            Path(context, "consul").chmod(0o755)
-        command = ["docker", "build", "--quiet", "--target", target, "--tag", image, "--label", f"{_LABEL}={recipe}"]
+        shutil.copytree(RECIPES if collector else _RECIPE, context, ignore=_folders, dirs_exist_ok=True)
+        if program is not None:
+            shutil.copy2(program, Path(context, name))
+            Path(context, name).chmod(0o755)
+        command = ["docker", "build", "--quiet", "--tag", image, "--label", f"{_LABEL}={recipe}"]
+        command += ["--build-arg", f"NAME={name}"] if collector else ["--target", name]
         # The network of this machine: whatever reaches Debian's packages here reaches them there.
-        command += ["--network", "host", "--build-arg", f"PYTHON_IMAGE={names['PYTHON_IMAGE']}", context]
+        command += ["--network", "host", "--build-arg", f"PYTHON_IMAGE={python}", context]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise StackError(f"Building {image} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def _folders(parent: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(parent, name).is_dir()]
 
 
 @contextmanager

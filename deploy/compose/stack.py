@@ -26,6 +26,7 @@ __all__ = [
     "compose_command",
     "has_images",
     "image_label",
+    "observed",
     "read_env",
 ]
 
@@ -136,6 +137,14 @@ def compose_command() -> list[str]:
     if alone := shutil.which("docker-compose"):
         return [alone]
     raise StackError(_NO_COMPOSE)
+
+
+def observed() -> dict[str, str]:
+    """The variables that put docker-compose.observe.yml over the files that Compose would read."""
+    files = os.environ.get("COMPOSE_FILE") or read_env(ROOT / ".env")["COMPOSE_FILE"]
+    separator = os.environ.get("COMPOSE_PATH_SEPARATOR", os.pathsep)
+    overlay = str((HERE / "docker-compose.observe.yml").relative_to(ROOT))
+    return {"COMPOSE_FILE": separator.join([*(file for file in files.split(separator) if file != overlay), overlay])}
 
 
 def check_engine() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from deploy.compose.images import choose_images
-from deploy.compose.stack import Stack, StackError, check_engine
+from deploy.compose.stack import Stack, StackError, check_engine, observed
 from deploy.compose.view import Row, rows, table
 from registry import ServiceRegistry
 from registry.testing.agent import ConsulNotFoundError
@@ -22,6 +22,8 @@ from tools.services import SERVICES
 _START_SECONDS = 120.0
 _PAUSE = 0.2
 """Seconds between two looks."""
+_COLLECTORS = {"Prometheus": 9090, "Jaeger": 16686}
+"""Name → the container's port."""
 _CARD = {
     "title": "Consul knows who is healthy",
     "content": "Every service registers with Consul, which checks its health and forgets it when it fails.",
@@ -33,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the system and leaves it running; returns the exit code."""
     parser = argparse.ArgumentParser(prog="nox -s up --", description=__doc__)
     parser.add_argument("--backends", type=int, default=3, help="how many replicas of backend-api (default: 3)")
+    parser.add_argument("--observe", action="store_true", help="with Prometheus and Jaeger")
     options = parser.parse_args(arguments)
     console = Console()
     try:
         check_engine()
-        _up(Stack(choose_images(console.print)), options.backends, console)
+        images = choose_images(console.print, observe=options.observe)
+        stack = Stack(images | observed() if options.observe else images)
+        _up(stack, options.backends, options.observe, console)
     except (StackError, ConsulNotFoundError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _up(stack: Stack, backends: int, console: Console) -> None:
+def _up(stack: Stack, backends: int, observe: bool, console: Console) -> None:
     begun = time.monotonic()
     stack.compose("up", "-d", "--build", "--remove-orphans", "--scale", f"backend={backends}")
     consul = stack.address("consul", 8500)
@@ -60,6 +65,9 @@ def _up(stack: Stack, backends: int, console: Console) -> None:
         start = Start(stack, registry, http, edge, live)
         start.wait_until_passing()
         start.wait_for_edge()
+        addresses = {name: stack.address(name.lower(), port) for name, port in _COLLECTORS.items()} if observe else {}
+        if observe:
+            start.wait_for_prometheus(addresses["Prometheus"])
         card = start.publish()
         start.call_backend(10)
     if not console.is_terminal:
@@ -68,6 +76,9 @@ def _up(stack: Stack, backends: int, console: Console) -> None:
     for service, address in edge.items():
         console.print(f"{service:<17} http://{address}/docs", soft_wrap=True)
     console.print(f"{'Consul':<17} http://{consul}/ui", soft_wrap=True)
+    console.print(f"{'Topology':<17} http://{stack.address('edge', 8090)}/", soft_wrap=True)
+    for name, address in addresses.items():
+        console.print(f"{name:<17} http://{address}", soft_wrap=True)
     console.print(f"Up in {time.monotonic() - begun:.0f} s, and it runs on: `nox -s down` ends it.", soft_wrap=True)
 
 
@@ -105,6 +116,14 @@ class Start:
             if missing:
                 self._check_time(f"the edge, which does not know {', '.join(sorted(missing))} yet")
 
+    def wait_for_prometheus(self, address: str) -> None:
+        """Returns when Prometheus has figures of every instance that Consul says is passing. Raises: StackError."""
+        while True:
+            expected = {row.instance for row in self._show("waiting for figures of every instance") if row.instance}
+            if not (missing := expected - self._measured(address)):
+                return
+            self._check_time(f"Prometheus, which has no figures of {', '.join(sorted(missing))} yet")
+
     def publish(self) -> dict[str, Any]:
         """A card, published through orchestrator-api. Raises: StackError."""
         answer = self.http.post(f"http://{self.edge['orchestrator-api']}/api/publish", json=_CARD)
@@ -124,6 +143,15 @@ class Start:
         except httpx.TransportError:
             return "nobody"
         return answer.headers.get("X-Service-Instance", "nobody") if answer.is_success else "nobody"
+
+    def _measured(self, prometheus: str) -> set[str]:
+        try:
+            answer = self.http.get(f"http://{prometheus}/api/v1/query", params={"query": "up == 1"})
+        except httpx.TransportError:
+            return set()
+        return (
+            {series["metric"]["instance"] for series in answer.json()["data"]["result"]} if answer.is_success else set()
+        )
 
     def _show(self, caption: str) -> list[Row]:
         found = rows(self.stack, self.registry)

@@ -119,7 +119,7 @@ class System:
         self.journals.mkdir(parents=True)
         self.journals.chmod(0o777)  # written by the containers' own user
         self.engine = docker.from_env()
-        self.dns_port, ui_port, *ports = free_ports(2 + len(SERVICES))
+        self.dns_port, ui_port, topology_port, *ports = free_ports(3 + len(SERVICES))
         published = {f"{service.folder.upper()}_PORT": port for service, port in zip(SERVICES, ports, strict=True)}
         files = [HERE / "docker-compose.yml", HERE / "docker-compose.e2e.yml"]
         self.stack = Stack(
@@ -128,6 +128,7 @@ class System:
                 "COMPOSE_FILE": os.pathsep.join(str(file.relative_to(ROOT)) for file in files),
                 "NETWORK_PREFIX": self._free_prefix(),
                 "CONSUL_UI_PORT": str(ui_port),
+                "TOPOLOGY_PORT": str(topology_port),
                 "E2E_DNS_PORT": str(self.dns_port),
                 "E2E_JOURNALS": str(self.journals),
                 "POSTGRES_PASSWORD": PASSWORD,

@@ -1,4 +1,4 @@
-"""Compose reads the file the same way in its old version, 1.29, and in version 2."""
+"""Compose reads the files the same way in its old version, 1.29, and in version 2."""
 
 import subprocess
 from typing import Any
@@ -14,29 +14,35 @@ export DEBIAN_FRONTEND=noninteractive
 { apt-get update -qq && apt-get install -y -qq --no-install-recommends docker-compose; } >&2 || exit 1
 docker-compose version --short
 """
+_MARK = "# ----"
 _SECONDS = 240
+_FILES = ["-f", str(HERE / "docker-compose.yml")]
+_OBSERVED = [*_FILES, "-f", str(HERE / "docker-compose.observe.yml")]
 
 
 def test_both_versions_mean_the_same(system: System) -> None:
     """This machine's Compose and the one of the base image's Debian, which is another, agree on all that counts."""
     ours = system.stack.ask("version", "--short").strip()
-    theirs, _, document = in_a_container(system).partition("\n")
+    theirs, *documents = in_a_container(system).split(_MARK)
     assert {ours.lstrip("v")[0], theirs.lstrip("v")[0]} == {"1", "2"}, "the two are of the same generation"
-    assert document.strip()
-    mine = read(system.stack.ask("-f", str(HERE / "docker-compose.yml"), "config"))
-    assert mine == read(document)
-    assert mine["services"].keys() >= {"consul", "postgres", "edge", "backend"}
+    for files, document in zip((_FILES, _OBSERVED), documents, strict=True):
+        assert document.strip()
+        mine = read(system.stack.ask(*files, "config"))
+        assert mine == read(document)
+        assert mine["services"].keys() >= {"consul", "postgres", "edge", "backend"}
+    assert mine["services"].keys() >= {"prometheus", "jaeger"}
 
 
 def in_a_container(system: System) -> str:
-    """The version and the configuration that the Compose of the base image's Debian prints, the tree mounted."""
+    """The version and both configurations that the Compose of the base image's Debian prints, the tree mounted."""
     variables = [
         f"{name}={value}" for name, value in system.stack.variables.items() if not name.startswith("COMPOSE_F")
     ]
     command = ["docker", "run", "--rm", "--network", "host", "-v", f"{ROOT}:{ROOT}:ro", "-w", str(ROOT)]
     command += [word for variable in variables for word in ("-e", variable)]
     command += [system.stack.variables["PYTHON_IMAGE"], "sh", "-c"]
-    command += [f"{_INSTALL}docker-compose -f {HERE}/docker-compose.yml config"]
+    reads = [f"echo '{_MARK}' && docker-compose {' '.join(files)} config" for files in (_FILES, _OBSERVED)]
+    command += [" && ".join([_INSTALL.strip(), *reads])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -65,7 +71,13 @@ def service(definition: dict[str, Any]) -> dict[str, Any]:
         "ports": sorted(map(port, known.pop("ports", []))),
         "volumes": sorted(map(volume, known.pop("volumes", []))),
         "networks": networks,
+        "mem_limit": memory(known.pop("mem_limit", "")),
     }
+
+
+def memory(limit: str | int) -> str:
+    """In bytes; empty: there is none."""
+    return str(int(limit[:-1]) * 2**20) if isinstance(limit, str) and limit.endswith("m") else str(limit)
 
 
 def port(mapping: str | dict[str, Any]) -> tuple[str, str, str]:

@@ -8,16 +8,19 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import httpx
+from prometheus_client import CollectorRegistry
 
 from registry import ConsulResolver, ConsulSettings, EjectionPolicy, ServiceDiscoveryClient
+from registry.metrics import Metrics as ClientMetrics
 from registry.testing.agent import ConsulAgent
 from registry.testing.instances import RunningInstance, received, running_instances
+from tests.failover.counts import Metrics, miscounted_by, read_metrics
 from tests.support.load import Load, Report
 
 CALLS = 4_000
@@ -43,6 +46,10 @@ class Client(Protocol):
         """The ids that it holds for alive; None: it can't say."""
         ...
 
+    def metrics(self) -> Metrics:
+        """What it has counted itself."""
+        ...
+
 
 Connect = Callable[[ConsulAgent, str, float], AbstractAsyncContextManager[Client]]
 """``connect(agent, service, timeout)``: a client that is ready to call; ``timeout``: seconds for one attempt."""
@@ -54,6 +61,7 @@ class Ours:
 
     client: ServiceDiscoveryClient
     service: str
+    registry: CollectorRegistry
 
     async def call(self, method: Method, request_id: str) -> httpx.Response:
         """Through the facade, as a service calls."""
@@ -62,6 +70,10 @@ class Ours:
     def listed(self) -> set[str]:
         """What Consul listed as passing when it was last heard."""
         return {endpoint.id for endpoint in self.client.explain(self.service).endpoints if endpoint.listed}
+
+    def metrics(self) -> Metrics:
+        """As Prometheus would read them now."""
+        return read_metrics(self.registry)
 
 
 @asynccontextmanager
@@ -73,7 +85,10 @@ async def connect_ours(
     resolver = ConsulResolver(settings, upstreams=[service])
     await resolver.start()
     async with ServiceDiscoveryClient(resolver, timeout=timeout, ejection=ejection) as client:
-        yield Ours(client, service)
+        observer, registry = ClientMetrics(client.explain_all), CollectorRegistry()
+        client.observe(observer)
+        registry.register(observer)
+        yield Ours(client, service, registry)
 
 
 @dataclass
@@ -85,6 +100,8 @@ class Scene:
     """What the instances received: first attempts and others."""
     duplicated: int
     """Ids of calls that they received more than once."""
+    miscounted: list[str]
+    """Where the client's own count is not that of its callers, or of the instances; in words."""
     figures: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -92,6 +109,7 @@ class Scene:
         return (
             f"{self.report.calls} calls, {len(self.report.failures)} failed {dict(self.report.errors)}, "
             f"{self.requests} requests, {self.duplicated} ids more than once; {figures}"
+            f"{'; '.join(['', *self.miscounted])}"
         )
 
 
@@ -103,21 +121,30 @@ async def calling(
     timeout: float = 5.0,
     method: Method = "GET",
     rate: float | None = None,
-) -> AsyncIterator[tuple[Client, Load]]:
+) -> AsyncIterator[tuple[Client, "Watched"]]:
     """Four callers, or calls at this rate per second, while the context is open."""
     async with connect(agent, instances[0].instance.service, timeout) as client:
 
         async def call(request_id: str) -> httpx.Response:
             return await client.call(method, request_id)
 
-        async with Load(call, callers=4, rate=rate) as load:
+        async with Watched(call, callers=4, rate=rate) as load:
             yield client, load
+        load.metrics = client.metrics()
 
 
-def scene(load: Load, instances: Iterable[RunningInstance], **figures: float) -> Scene:
+class Watched(Load):
+    """A load, and what the client has counted when it is over."""
+
+    metrics: Metrics
+
+
+def scene(load: Watched, instances: Collection[RunningInstance], **figures: float) -> Scene:
     """The scene that this load, now at its end, has been."""
     stats = received(instances)
-    return Scene(load.report, stats.requests, len(stats.duplicated), figures)
+    counts = {each.instance.id: each.stats().requests for each in instances}
+    miscounted = list(miscounted_by(load.metrics, load.report, counts))
+    return Scene(load.report, stats.requests, len(stats.duplicated), miscounted, figures)
 
 
 async def kill_one_of_three(agent: ConsulAgent, method: Method = "GET", connect: Connect = connect_ours) -> Scene:

@@ -16,9 +16,10 @@ CALLERS = 4
 
 
 def counted(scene: Scene) -> Scene:
-    """The scene, shown, once it is big enough to say anything and no attempt was lost in counting."""
+    """The scene, shown, once it is big enough to say anything and its metrics agree with callers and instances."""
     print(scene)  # noqa: T201
     assert scene.report.calls >= scenes.CALLS
+    assert scene.miscounted == []
     return scene
 
 

@@ -89,8 +89,10 @@ def served(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def extra(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python that has the wheel with its extra."""
-    return environment(tmp_path_factory.mktemp("extra") / "venv", f"registry[testing] @ {wheel.as_uri()}")
+    """A Python that has the wheel with its extras."""
+    return environment(
+        tmp_path_factory.mktemp("extra") / "venv", f"registry[metrics,testing,tracing] @ {wheel.as_uri()}"
+    )
 
 
 def installed(python: Path) -> dict[str, str]:
@@ -104,17 +106,18 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def test_it_brings_what_it_declares_and_nothing_else(bare: Path, extra: Path) -> None:
-    """What is installed is complete, has the locked versions, and holds no part of the workspace nor of the extra."""
+    """What is installed is complete, has the locked versions, and holds no part of the workspace nor of an extra."""
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     for found in (installed(bare), installed(extra)):
         del found["registry"]
         assert found == {name: locked.get(name) for name in found}
-    assert not installed(bare).keys() & {"pytest", "psutil", "uvicorn", "backend-api", "orchestrator-api"}
-    assert installed(extra).keys() >= {"pytest", "psutil", "uvicorn"}
+    extras = {"pytest", "uvicorn", "opentelemetry-sdk", "prometheus-client"}
+    assert not installed(bare).keys() & {*extras, "backend-api", "orchestrator-api"}
+    assert installed(extra).keys() >= extras
 
 
 def test_every_module_can_be_imported_or_names_the_extra(bare: Path, extra: Path, tmp_path: Path) -> None:
-    """Without the extra all but the pytest fixtures and their kin come up, and those say what to install."""
+    """Without the extras, whatever needs one says what to install; everything else comes up."""
     program = """if True:
         import importlib, json, pkgutil, registry
         failures = {}
@@ -130,8 +133,11 @@ def test_every_module_can_be_imported_or_names_the_extra(bare: Path, extra: Path
     assert Path(place).is_relative_to(bare.parents[1])
     # Run by its path, in a process of its own, which nothing but the fixtures start.
     assert "uvicorn" in failures.pop("registry.testing.instance_app")
-    assert failures.keys() == {"registry.testing.fixtures"}
-    assert all(message.endswith("install registry[testing]") for message in failures.values())
+    assert {name: message.rpartition("; install ")[2] for name, message in failures.items()} == {
+        "registry.metrics": "registry[metrics]",
+        "registry.testing.fixtures": "registry[testing]",
+        "registry.tracing": "registry[tracing]",
+    }
     assert json.loads(run(extra, "-W", "error", "-c", program, cwd=tmp_path))[1] == {}
     assert "--consul" in run(bare, "-m", "registry.conformance", "--help", cwd=tmp_path)
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import httpx
 
+from registry.extras import extra
 from registry.service_registry import ServiceRegistry
-from registry.testing import extra
 from registry.testing.agent import ConsulAgent
 from registry.testing.ports import free_ports
 
-with extra():
+with extra("testing"):
     import psutil
 
 __all__ = ["ServiceProcess", "found", "running_service", "wait_until"]

@@ -21,7 +21,10 @@ PAGES = ("*.md", "LICENSE", "docs/**/*.*", "services/*/*.md", "packages/*/*.md")
 PUBLIC = (
     "registry",
     "registry.fastapi",
+    "registry.logs",
+    "registry.metrics",
     "registry.conformance",
+    "registry.tracing",
     "registry.testing.fixtures",
     "registry.testing.agent",
     "registry.testing.instances",

@@ -18,7 +18,7 @@ _LONGEST = 24
 _STANDARD_PORTS = {5432: "Postgres", 8404: "the edge"} | dict.fromkeys(
     [*range(8300, 8303), *range(8500, 8504), 8600], "Consul"
 )
-_COMPOSE = "deploy/compose/docker-compose.yml"
+_COMPOSE = ("deploy/compose/docker-compose.yml", "deploy/compose/docker-compose.observe.yml")
 
 
 class RequestError(Exception):
@@ -44,10 +44,10 @@ def check(name: str, port: str, calls: str) -> Request:
     """The request, when this repository has room for it. Reads only. Raises: RequestError."""
     _check_name(name)
     request = Request(name, _port(port), calls)
-    compose = (ROOT / _COMPOSE).read_text()
-    _check_not_taken(request, compose)
+    for compose in _COMPOSE:
+        _check_not_taken(request, compose)
     _check_importable(request)
-    taken = _STANDARD_PORTS | _ports(compose) | {service.port: service.name for service in SERVICES}
+    taken = _STANDARD_PORTS | _ports() | {service.port: service.name for service in SERVICES}
     if request.port in taken:
         raise RequestError(f"Port {port} is taken: {taken[request.port]} has it.")
     known = [service.name for service in SERVICES]
@@ -82,11 +82,12 @@ def _port(port: str) -> int:
 
 
 def _check_not_taken(request: Request, compose: str) -> None:
+    text = (ROOT / compose).read_text()
     name, package = request.name, request.package
     if (ROOT / "services" / package).exists():
         raise RequestError(f"The name {name!r} is taken: there is services/{package}.")
-    if package in yaml.safe_load(compose)["services"] or f"{package.upper()}_PORT:" in compose:
-        raise RequestError(f"The name {name!r} is taken: {_COMPOSE} has it.")
+    if package in yaml.safe_load(text)["services"] or f"{package.upper()}_PORT:" in text:
+        raise RequestError(f"The name {name!r} is taken: {compose} has it.")
 
 
 def _check_importable(request: Request) -> None:
@@ -102,9 +103,13 @@ def _check_importable(request: Request) -> None:
         raise RequestError(f"The name {name!r} is taken: a module or package {package} is in use here already.")
 
 
-def _ports(compose: str) -> dict[int, str]:
+def _ports() -> dict[int, str]:
     """Every port that the containers use, and for what."""
     haproxy = (ROOT / "deploy/compose/haproxy.cfg").read_text()
-    found = re.findall(r"_PORT:-(\d+)\}:(\d+)", compose)
-    ports = {int(port): _COMPOSE for pair in found for port in pair}
+    ports = {
+        int(port): compose
+        for compose in _COMPOSE
+        for pair in re.findall(r"_PORT:-(\d+)\}:(\d+)", (ROOT / compose).read_text())
+        for port in pair
+    }
     return ports | {int(port): "the edge" for port in re.findall(r"^ *bind \S*:(\d+)", haproxy, re.MULTILINE)}

@@ -13,6 +13,7 @@ __all__ = ["MARKS", "wire"]
 MARKS = {
     "pyproject.toml": ("mypy_path", "root_packages", "independent"),
     "deploy/compose/docker-compose.yml": ("compose", "edge_port"),
+    "deploy/compose/docker-compose.observe.yml": ("observe",),
     "deploy/compose/haproxy.cfg": ("edge",),
     "README.md": ("readme",),
 }

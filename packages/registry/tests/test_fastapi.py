@@ -24,6 +24,7 @@ from registry import (
     ServiceSettings,
 )
 from registry.fastapi import DiscoveryClient, RegistryMiddleware, health_router, lifespan
+from registry.metrics import metrics_router
 from registry.testing.fixtures import ConsulAgent, Instances
 from registry.testing.ports import free_ports
 from tests.support.command import found, wait_until
@@ -345,7 +346,7 @@ async def test_two_names_for_one_app_are_refused(consul: ConsulSettings) -> None
         pass
 
 
-@pytest.mark.parametrize("where", ["route", "mount", None])
+@pytest.mark.parametrize("where", ["route", "mount", "router", "/internal", None])
 async def test_a_registration_speaks_for_itself(
     where: str | None, consul_agent: ConsulAgent, consul: ConsulSettings, service_name: str
 ) -> None:
@@ -355,8 +356,12 @@ async def test_a_registration_speaks_for_itself(
         app.get("/metrics")(lambda: "")
     if where == "mount":
         app.mount("/metrics", FastAPI())
+    if where == "router":
+        app.include_router(metrics_router())
+    if where == "/internal":
+        app.include_router(metrics_router(), prefix=where)
     app.include_router(health_router())
-    measured = {"metrics_path": "/metrics"} if where else {}
+    measured = {"metrics_path": "/internal/metrics" if where == "/internal" else "/metrics"} if where else {}
     for change, expected in (
         ({}, {"version": "7.1", "secure": "false", **measured}),
         ({"version": "8"}, {"version": "8", "secure": "false", **measured}),

@@ -90,8 +90,8 @@ async def test_names_the_failing_component_and_no_secret(caplog: pytest.LogCaptu
     assert record.__dict__["component"] == "database"
 
 
-async def test_hanging_checks_are_time_boxed() -> None:
-    """Checks run side by side, and one that hangs is given up after the time-out."""
+async def test_hanging_checks_are_time_boxed(caplog: pytest.LogCaptureFixture) -> None:
+    """Checks run side by side, and one that hangs is given up after the time-out; the log says so, too."""
     begun = time.monotonic()
     async with asyncio.timeout(5):
         answer = await ask(one=hanging, two=hanging, three=well, timeout=0.2)
@@ -102,6 +102,8 @@ async def test_hanging_checks_are_time_boxed() -> None:
         "two": {"status": "unhealthy", "error": "no answer within 0.2 s"},
         "three": {"status": "healthy"},
     }
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sorted(told) == [f"health check failed: {name}: no answer within 0.2 s" for name in ("one", "two")]
 
 
 async def test_a_time_out_of_the_component_is_its_error() -> None:

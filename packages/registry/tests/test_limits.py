@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.fastapi import RegistryMiddleware, add_problem_handlers
 from registry.limits import SlowBodyMiddleware
@@ -129,3 +129,57 @@ async def test_the_middleware_of_every_service_has_the_limit(monkeypatch: pytest
     async with serving(app) as port:
         answer, _ = await trickle(port, "Content-Type: application/json\r\nContent-Length: 50000", b" ", 0.05)
     assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["coroutine", "future"])
+async def test_waiting_for_a_body_can_be_cancelled(wrapped: bool) -> None:
+    """What waits for a piece goes on with it when it comes, and hears of a cancellation."""
+    pieces: asyncio.Queue[str] = asyncio.Queue()
+    heard: list[str] = []
+
+    async def receive() -> Message:
+        try:
+            await pieces.get()
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            heard.append("cancelled")
+            raise
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while True:
+            heard.append((await receive())["type"])
+
+    async def send(message: Message) -> None: ...
+
+    scope: Scope = {"type": "http", "http_version": "1.1", "headers": [(b"transfer-encoding", b"chunked")]}
+    as_future = lambda: asyncio.ensure_future(receive())  # noqa: E731
+    task = asyncio.create_task(SlowBodyMiddleware(app)(scope, as_future if wrapped else receive, send))
+    for count in (1, 2):
+        pieces.put_nowait("x")
+        while len(heard) < count:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0)
+    assert heard == ["http.request", "http.request", "cancelled"]
+
+
+async def test_a_body_of_http_2_needs_no_header() -> None:
+    """Without a header, too, it may come slowly; in HTTP/1 there is none then, and nothing is timed."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(0.2)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    for version in ("2", "1.1"):
+        scope: Scope = {"type": "http", "http_version": version, "headers": []}
+        await SlowBodyMiddleware(plain_app, grace=0.05)(scope, receive, send)
+    assert [message["status"] for message in sent if "status" in message] == [408, 200]

@@ -22,6 +22,7 @@ ODD_NAMES += [b"", b"X A", b"X:A", b"X\xe4", b"X-A\r\n", b" X"]
 VALUES = [b"", b"a", b"0", b"1", b"2", b"a b", b"a\tb", b"keep-alive", b"100-continue", b"\xc3\xa4", b"\xe4"]
 ODD_VALUES = [b"2, 2", b"02", b"+2", b"-1", b"2 ", b" a", b"a ", b"\t", b"9" * 21, b"chunked", b"gzip", b"Keep-Alive"]
 ODD_VALUES += [b"close", b"websocket", b"a\r\nX-B: b", b"a\nb", b"a\0b", b"\x01", b"\x7f", b"a\x0b"]
+OWN = ["", "a", "a b", " a", "a ", "\t", "a\tb", "a\r\nX-B: b", "a\0b", "a\x7f", "k=v,k2=%20;p"]
 TARGETS = st.sampled_from(["/", "/x", "/a%2Fb?q=%20x&q", "/?", "/~!*'()"]) | st.text(
     st.characters(min_codepoint=0x20, max_codepoint=0x2FF, exclude_categories=["Cc"]), max_size=6
 ).map("/".__add__)
@@ -54,7 +55,7 @@ def test_request_is_what_h11_sends() -> None:
         st.lists(st.tuples(st.sampled_from(NAMES + ODD_NAMES), st.sampled_from(VALUES + ODD_VALUES)), max_size=1),
         st.integers(0, 6),
         BODIES,
-        st.sampled_from([{}, {"X-Request-Deadline": "1.5"}]),
+        st.sampled_from([{}, {"X-Request-Deadline": "1.5"}, *({"X-Own": value} for value in OWN), {"X Own": "a"}]),
     )
     def compare(
         method: str, path: str, given: Pairs, odd: Pairs, shape: int, body: bytes, extra: dict[str, str]

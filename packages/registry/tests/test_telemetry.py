@@ -260,7 +260,12 @@ async def test_headers_of_an_observer_go_over_the_wire_once() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "names", "reasons"),
-    [("p2c", "ab", {"p2c_turn", "p2c_cost"}), ("p2c", "a", {"only"}), ("random", "ab", {"policy"}), (in_order, "ab", {"policy"})],
+    [
+        ("p2c", "ab", {"p2c_turn", "p2c_cost"}),
+        ("p2c", "a", {"only"}),
+        ("random", "ab", {"policy"}),
+        (in_order, "ab", {"policy"}),
+    ],
 )
 async def test_pick_leaves_its_reason(policy: Policy, names: str, reasons: set[str]) -> None:
     fleet = Fleet(names, policy=policy)

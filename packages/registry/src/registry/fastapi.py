@@ -1,12 +1,12 @@
 """Makes a FastAPI app a service that others find while it can answer, and that can call them by name."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, routing
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,11 +16,13 @@ from registry.discovery import context
 from registry.discovery.resolver import Resolver
 from registry.errors import InvalidInputError
 from registry.limits import SlowBodyMiddleware
+from registry.logs import set_fields, take_over_uvicorn
 from registry.presence.drain import DrainOnSigterm
 from registry.presence.health import ROOT, Check, DegradedError, find_state, health_router
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.state import STATE_PATH, state_router
 from registry.telemetry import Journal, Observer, Observers
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "lifespan",
     "problem",
     "problem_responses",
+    "state_router",
 ]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
@@ -59,7 +62,7 @@ def lifespan(
     Consul answers within 2 s. ``inner``: the app's own lifespan, entered first and left last. ``consul``: by default
     taken from the environment. ``client``: builds the client from a resolver, for options that ``settings`` does not
     have: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``. ``observer``: is told of calls, instances
-    and this one's registration (``registry.telemetry``).
+    and this one's registration (``registry.telemetry``); one that is an asynchronous context manager is entered first.
 
     Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
@@ -75,7 +78,11 @@ def lifespan(
     async def run(app: FastAPI) -> AsyncIterator[Any]:
         connection, journal = consul or ConsulSettings(), Journal()
         told = Observers(journal, observer)
+        take_over_uvicorn()
         async with AsyncExitStack() as stack:
+            for one in told.each:
+                if isinstance(one, AbstractAsyncContextManager):
+                    await stack.enter_async_context(one)
             state = await stack.enter_async_context(inner(app)) if inner else None
             if hasattr(app.state, "registrar"):
                 raise InvalidInputError(
@@ -88,6 +95,7 @@ def lifespan(
             await resolver.start()
             registrar = Registrar(settings, connection, about=_about(app), observer=told)
             stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            set_fields("registrar", lambda: {"instance": registrar.instance_id})
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
                 yield state
@@ -97,8 +105,12 @@ def lifespan(
 
 def _about(app: FastAPI) -> dict[str, str]:
     """What Consul's users want to know of an instance, as metadata."""
-    measured = any(getattr(route, "path", None) == "/metrics" for route in app.routes)
-    return {"version": app.version} | ({"metrics_path": "/metrics"} if measured else {})
+    # Newer releases of FastAPI keep the routes of an included router in one of their own.
+    each_route = getattr(routing, "iter_route_contexts", iter)
+    paths = [path for route in each_route(app.routes) if isinstance(path := getattr(route, "path", None), str)]
+    told = {"metrics_path": "/metrics", "state_path": STATE_PATH}
+    found = {name: next((path for path in paths if path.endswith(end)), "") for name, end in told.items()}
+    return {"version": app.version} | {name: path for name, path in found.items() if path}
 
 
 @contextmanager
@@ -171,13 +183,13 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
         await problem(504, late)(scope, receive, send)
         return
 
-    async def send_and_release(message: Message) -> None:
+    def send_and_release(message: Message) -> Awaitable[None]:
         # The deadline is for the answer's beginning: what streams on may take its time, and so may what a task does
         # after the answer. Both see it, since they share what was imposed.
         imposed.deadline = None
-        await send(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
             imposed.is_retry = False
+        return send(message)
 
     before = context.inherited.set(imposed)
     try:
@@ -195,11 +207,11 @@ async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
     signature = (b"x-service-instance", registrar.instance_id.encode())
     may_close = scope["http_version"].startswith("1")  # RFC 9113, 8.2.2: no Connection header in HTTP/2
 
-    async def send_signed(message: Message) -> None:
+    def send_signed(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             closing = [(b"connection", b"close")] if registrar.leaving and may_close else []
             message["headers"] = [*message.get("headers", ()), signature, *closing]
-        await send(message)
+        return send(message)
 
     await app(scope, receive, send_signed)
 

@@ -1,6 +1,7 @@
 """A request body that comes in too slowly is given up: who sends a byte now and then holds a connection for ever."""
 
 import asyncio
+from collections.abc import Awaitable
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,7 +32,7 @@ class SlowBodyMiddleware:
         self._rate = rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _has_no_body(scope):
             await self._app(scope, receive, send)
             return
         deadline: float | None = None
@@ -52,10 +53,10 @@ class SlowBodyMiddleware:
             complete = not message.get("more_body", False)
             return message
 
-        async def send_and_remember(message: Message) -> None:
+        def send_and_remember(message: Message) -> Awaitable[None]:
             nonlocal started
             started = True
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive_in_time, send_and_remember)
@@ -63,3 +64,11 @@ class SlowBodyMiddleware:
             if started:
                 raise
             await problem(error.status_code, error.detail, error.headers)(scope, receive, send)
+
+
+def _has_no_body(scope: Scope) -> bool:
+    """Whether it can't have one. Source: RFC 9112, 6.3, for HTTP/1; in HTTP/2 a body needs no header."""
+    headers = dict(scope["headers"])
+    return scope["http_version"] in {"1.0", "1.1"} and not (
+        b"content-length" in headers or b"transfer-encoding" in headers
+    )

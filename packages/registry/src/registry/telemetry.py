@@ -8,9 +8,9 @@ import contextvars
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias
 
 from registry.model import Instance
 
@@ -30,9 +30,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("registry")
-
-_News = TypeVar("_News")
-_METHODS = ("call_begun", "call_ended", "attempt_begun", "attempt_ended", "happened")
 
 CallOutcome: TypeAlias = Literal["ok", "status", "no_instance", "failing_fast", "deadline", "cancelled", "error"]
 """``status``: an answer of 400 or above. ``error``: what the last attempt raised, or the source of the body."""
@@ -68,16 +65,19 @@ EventKind: TypeAlias = Literal[
 """Of an instance: joined to withdrawn callers' lists; of a service: failing fast and recovered; of its watch; of us."""
 
 
+class _Answer(Protocol):
+    status_code: int
+
+
 class ObservedCall:
     """One call, from its beginning on; a redirect within the service is a call of its own."""
 
-    __slots__ = ("attempts", "error", "method", "outcome", "seconds", "service", "started", "status", "url")
+    __slots__ = ("_url", "attempts", "error", "method", "outcome", "seconds", "service", "started", "status")
 
-    def __init__(self, service: str, method: str, url: str) -> None:
+    def __init__(self, service: str, method: str, url: str | Callable[[], str]) -> None:
         self.service = service
         self.method = method
-        self.url = url
-        """Without query and credentials."""
+        self._url = url
         self.started = time.monotonic()
         self.attempts = 0
         self.outcome: CallOutcome | None = None
@@ -88,9 +88,18 @@ class ObservedCall:
         self.seconds: float | None = None
         """Until the answer's head, or its end if the facade reads it."""
 
-    def end(self, outcome: CallOutcome, seconds: float, status: int | None, error: BaseException | None) -> None:
+    @property
+    def url(self) -> str:
+        """Without query and credentials; made when it is asked for: that takes longer than all else here."""
+        return self._url if isinstance(self._url, str) else self._url()
+
+    def end(self, outcome: CallOutcome, seconds: float, result: _Answer | BaseException) -> None:
         """It has ended so."""
-        self.outcome, self.seconds, self.status, self.error = outcome, seconds, status, error
+        self.outcome, self.seconds = outcome, seconds
+        if isinstance(result, BaseException):
+            self.error = result
+        else:
+            self.status = result.status_code
 
 
 class ObservedAttempt:
@@ -123,9 +132,13 @@ class ObservedAttempt:
         self.error: BaseException | None = None
         self.seconds: float | None = None
 
-    def end(self, outcome: AttemptOutcome, seconds: float, status: int | None, error: BaseException | None) -> None:
+    def end(self, outcome: AttemptOutcome, seconds: float, result: _Answer | BaseException) -> None:
         """It has ended so."""
-        self.outcome, self.seconds, self.status, self.error = outcome, seconds, status, error
+        self.outcome, self.seconds = outcome, seconds
+        if isinstance(result, BaseException):
+            self.error = result
+        else:
+            self.status = result.status_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +187,10 @@ class Observers(Observer):
         self.each: list[Observer] = []
         self.of_calls = self.of_events = False
         """Whether anybody wants to hear of calls and attempts; of events."""
-        self._call_begun: list[Callable[[ObservedCall], None]] = []
-        self._call_ended: list[Callable[[ObservedCall], None]] = []
-        self._attempt_begun: list[Callable[[ObservedAttempt], None]] = []
-        self._attempt_ended: list[Callable[[ObservedAttempt], None]] = []
-        self._happened: list[Callable[[Event], None]] = []
+        hears = ("call_begun", "call_ended", "attempt_begun", "attempt_ended", "happened")
+        self._methods: dict[str, list[Callable[[Any], None]]] = {method: [] for method in hears}
+        for method, methods in self._methods.items():
+            setattr(self, method, _teller(methods))  # With no lookup left to do: it is part of every call.
         for one in several:
             self.add(one)
 
@@ -188,26 +200,11 @@ class Observers(Observer):
             if one is None or one in self.each:
                 continue
             self.each.append(one)
-            for method in _METHODS:
+            for method, methods in self._methods.items():
                 if getattr(type(one), method, None) is not getattr(Observer, method):
-                    getattr(self, f"_{method}").append(getattr(one, method))
-        self.of_calls = bool(self._call_begun or self._call_ended or self._attempt_begun or self._attempt_ended)
-        self.of_events = bool(self._happened)
-
-    def call_begun(self, call: ObservedCall) -> None:
-        _tell(self._call_begun, call)
-
-    def call_ended(self, call: ObservedCall) -> None:
-        _tell(self._call_ended, call)
-
-    def attempt_begun(self, attempt: ObservedAttempt) -> None:
-        _tell(self._attempt_begun, attempt)
-
-    def attempt_ended(self, attempt: ObservedAttempt) -> None:
-        _tell(self._attempt_ended, attempt)
-
-    def happened(self, event: Event) -> None:
-        _tell(self._happened, event)
+                    methods.append(getattr(one, method))
+        *of_calls, self.of_events = map(bool, self._methods.values())
+        self.of_calls = any(of_calls)
 
 
 class Journal(Observer):
@@ -226,10 +223,10 @@ class Journal(Observer):
         return iter(tuple(self._events))
 
 
-_preparations: list[Callable[[], None]] = []
+_preparations: list[Callable[[], object]] = []
 
 
-def prepare_background(preparation: Callable[[], None]) -> None:
+def prepare_background(preparation: Callable[[], object]) -> None:
     """Runs it in the context of every background task that begins from now on, such as a watch."""
     _preparations.append(preparation)
 
@@ -242,9 +239,12 @@ def background_context() -> contextvars.Context:
     return context
 
 
-def _tell(methods: list[Callable[[_News], None]], news: _News) -> None:
-    for method in methods:
-        try:
-            method(news)
-        except Exception:
-            logger.exception("an observer failed, and was ignored")
+def _teller(methods: Sequence[Callable[[Any], None]]) -> Callable[[Any], None]:
+    def tell(news: object) -> None:
+        for method in methods:
+            try:
+                method(news)
+            except Exception:
+                logger.exception("an observer failed, and was ignored")
+
+    return tell

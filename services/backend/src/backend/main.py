@@ -7,16 +7,26 @@ from backend.database import Database
 from backend.errors import add_error_handlers
 from backend.lifespan import keep
 from backend.settings import Settings
-from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan
+from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan, state_router
+from registry.logs import setup_logging
+from registry.metrics import metrics_router
+from registry.tracing import server_telemetry, set_up_tracing
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
+    setup_logging(settings)
     database = Database(settings.database_url, settings.database_timeout, password=settings.database_password)
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB
-        lifespan=lifespan(settings, upstreams=clients.UPSTREAMS, inner=keep(database, settings.key_age)),
+        telemetry=server_telemetry(settings),
+        lifespan=lifespan(
+            settings,
+            upstreams=clients.UPSTREAMS,
+            observer=set_up_tracing(settings),
+            inner=keep(database, settings.key_age),
+        ),
     )
     app.state.settings = settings
     app.state.database = database
@@ -24,6 +34,8 @@ def create_app(settings: Settings) -> FastAPI:
     add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router(database=database.ping))
+    app.include_router(metrics_router())
+    app.include_router(state_router())
     app.include_router(routes.router)
     return app
 

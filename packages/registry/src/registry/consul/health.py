@@ -112,7 +112,7 @@ def tell_left_out(listing: Listing, service: str, told: Collection[LeftOut]) -> 
             service,
             each.id,
             each.reason,
-            extra={"service": service, "instance": each.id, "reason": each.reason},
+            extra={"service": service, "peer": each.id, "reason": each.reason},
         )
     return listing.uncallable
 

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
+from registry.consul.catalog import Names, watch_names
 from registry.consul.connection import AsyncConsul
 from registry.consul.watch import Watch
 from registry.errors import RegistryUnavailableError
@@ -72,6 +73,13 @@ class ConsulResolver:
                 f"Consul at {self.settings.url} did not say within {self._first_answer_timeout} s who runs '{service}'"
             ) from None
 
+    def names(self) -> AsyncIterator[Names]:
+        """The names of all registered services, at once and again whenever an instance came or went, until closed.
+
+        Raises: RegistryUnavailableError, RegistryError. Ask anew after a pause.
+        """
+        return watch_names(self._connection())
+
     async def start(self) -> None:
         """Starts watching the upstreams, and waits until each has an answer or an error."""
         for service in self._upstreams:
@@ -91,22 +99,26 @@ class ConsulResolver:
             self._consul = None
 
     def _watch(self, service: str, tag: str | None) -> Watch:
-        loop = asyncio.get_running_loop()
-        if self._consul is None or self._loop is not loop:
-            # A connection and a task live and die with their loop.
-            self._loop, self._consul, self._watches = loop, AsyncConsul(self.settings), {}
+        consul, loop = self._connection(), asyncio.get_running_loop()
         key = (service.lower(), tag)
         if key not in self._watches or self._watches[key].task.done():
             check_known_service(service)
             if tag is not None:
                 check_tag(tag)
             self._make_room()
-            watch = self._watches[key] = Watch(self._consul, key[0], tag, observers=self._observers)
+            watch = self._watches[key] = Watch(consul, key[0], tag, observers=self._observers)
             # An empty context: the watch must not carry the first caller's trace or request for ever.
             watch.task = loop.create_task(
                 self._run(key, watch), name=f"registry watch {key[0]}", context=background_context()
             )
         return self._watches[key]
+
+    def _connection(self) -> AsyncConsul:
+        loop = asyncio.get_running_loop()
+        if self._consul is None or self._loop is not loop:
+            # A connection and a task live and die with their loop.
+            self._loop, self._consul, self._watches = loop, AsyncConsul(self.settings), {}
+        return self._consul
 
     def _forget(self) -> None:
         """A fork copied the watches, and nothing that runs them: they would show for ever what was known then."""

@@ -24,7 +24,7 @@ from registry.errors import (
 from registry.model import LeftOut, Snapshot, View
 from registry.telemetry import Event, Observers
 
-__all__ = ["Watch"]
+__all__ = ["WAIT", "TokenBucket", "Watch"]
 
 logger = logging.getLogger("registry")
 
@@ -61,7 +61,7 @@ class Watch:
         self._told: frozenset[LeftOut] = frozenset()
         self._failures = 0
         self._backoff = Backoff(base=0.1, cap=2.0)
-        self._rate = _TokenBucket(per_second=5, burst=20)
+        self._rate = TokenBucket(per_second=5, burst=20)
         self.answered = asyncio.Event()
         """Set once Consul said anything, be it an error."""
         self.snapshot: Snapshot = ()
@@ -157,7 +157,7 @@ class Watch:
         self._last_index = index
         self.heard_at = time.monotonic()
         if self.error is not None:
-            logger.info("consul answers again", extra={"service": self._service})
+            logger.info("Consul answers again about %s", self._service, extra={"service": self._service})
             self._observers.happened(Event("watch_back", self._service))
         self.error, self._failures = None, 0
         self.registered, self.maintained = listing.registered, listing.maintained
@@ -185,10 +185,13 @@ class Watch:
         if not isinstance(error, RegistryError):
             error = RegistryUnavailableError(f"Consul at {self._consul.settings.url} sent a broken answer: {error!r}")
         if self.error is None:
+            known = len(self.snapshot)
             logger.warning(
-                "consul does not answer, serving what was known before: %s",
+                "Consul does not say who serves %s; %s until it does, and it is asked again every 2 s: %s",
+                self._service,
+                f"calls go to those known before ({known})" if known else "calls to it fail",
                 error,
-                extra={"service": self._service, "error": str(error), "instances": len(self.snapshot)},
+                extra={"service": self._service, "instances": known},
             )
             self._observers.happened(Event("watch_lost", self._service, detail=str(error)))
         self.error = error
@@ -199,7 +202,7 @@ class Watch:
         await self._sleep(self._backoff.delay(self._failures))
 
 
-class _TokenBucket:
+class TokenBucket:
     """Lets a burst through at once, and holds a stream to a rate."""
 
     def __init__(self, per_second: float, burst: int) -> None:
@@ -214,3 +217,7 @@ class _TokenBucket:
         self._tokens = min(self._burst, self._tokens + (now - self._updated) * self._per_second) - 1
         self._updated = now
         return max(0.0, -self._tokens / self._per_second)
+
+    async def pause(self) -> None:
+        """Waits for so long."""
+        await asyncio.sleep(self.delay())

@@ -8,7 +8,7 @@ from typing import Self
 import httpx
 
 from registry.discovery.blame import Blame, Failure, Verdict, outcome_name
-from registry.discovery.call import Call, Outcome, status_and_error
+from registry.discovery.call import Call, Outcome
 from registry.discovery.endpoint import Endpoint
 from registry.telemetry import AttemptOutcome, ObservedAttempt
 
@@ -93,5 +93,5 @@ class Attempt:
         outcomes = self.endpoint.counts.outcomes
         outcomes[name] = outcomes.get(name, 0) + 1
         if self._observed is not None:
-            self._observed.end(name, seconds, *status_and_error(result))
+            self._observed.end(name, seconds, result)
             self._call.upstream.observers.attempt_ended(self._observed)

@@ -108,13 +108,11 @@ def read(headers: Iterable[tuple[bytes, bytes]], caller: str = "") -> Inherited:
     None stands for no deadline, and for one that no caller can mean: a duration in place of a time, milliseconds, or a
     time more than a day ahead.
     """
-    found = Inherited(None, False)
-    for name, value in headers:
-        if name == _DEADLINE:
-            found.deadline = _ours(value, caller)
-        elif name == _RETRY:
-            found.is_retry = _ATTEMPT.fullmatch(value) is not None
-    return found
+    values = dict(headers)
+    deadline, retry = values.get(_DEADLINE), values.get(_RETRY)
+    return Inherited(
+        None if deadline is None else _ours(deadline, caller), retry is not None and bool(_ATTEMPT.fullmatch(retry))
+    )
 
 
 def _ours(value: bytes, caller: str) -> float | None:

@@ -82,6 +82,8 @@ class Explanation:
     """How many retries may follow at once."""
     budget_exhausted: int
     """How many retries there was no budget for."""
+    departed: Mapping[str, Mapping[AttemptOutcome, int]]
+    """How attempts ended at those who are not among the endpoints any more, but were a minute ago, by their ids."""
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:

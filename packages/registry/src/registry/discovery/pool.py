@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Set
 from registry.discovery.balancing import Candidates, Pick, power_of_two_choices
 from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint, LastFailure
+from registry.discovery.ledger import Ledger
 from registry.discovery.options import EjectionPolicy
 from registry.errors import NoHealthyInstanceError
 from registry.model import Key, Snapshot
@@ -44,6 +45,7 @@ class Pool:
         """What it listed before and has lost since, and when each left: asked only when nothing else is left."""
         self.lost: Set[Key] | None = None
         """Which of those that left did so on nobody's order; None: nobody can tell, so all of them."""
+        self.ledger = Ledger()
         self._pick = pick
         self._clock = clock
         self._candidates = Candidates()
@@ -51,8 +53,7 @@ class Pool:
         self._live = 0
         self._turn, self._step = 0.0, 1.0
         self._probed = self._next_probe = -math.inf
-        self._open_until = 0.0
-        self._open_for = 0.0
+        self._open_until = self._open_for = 0.0
 
     def update(self, snapshot: Snapshot, lost: Set[Key] | None = None) -> None:
         """Consul's view changed. What is known of endpoints that stay is kept; one that returns starts anew.
@@ -68,8 +69,7 @@ class Pool:
             endpoint = before.pop(key, None)
             if endpoint is None:
                 endpoint = Endpoint(instance, best, now, self._policy)
-                if key in self.gone:
-                    endpoint.counts = self.gone[key][0].counts
+                endpoint.counts = self.ledger.of(key)
             endpoint.instance = instance
             self.endpoints[key] = endpoint
         gone = self.gone | {key: (endpoint, now) for key, endpoint in before.items()}
@@ -79,6 +79,7 @@ class Pool:
             if key not in self.endpoints and now - since < self._policy.remember and (lost is None or key in lost)
         ]
         self.gone = dict(kept[-self._policy.remember_at_most :])
+        self.ledger.keep(self.endpoints.keys() | self.gone.keys(), now)
         self._rebuild()
 
     def pick(self, tried: Collection[Endpoint], *, safe: bool) -> Endpoint | None:

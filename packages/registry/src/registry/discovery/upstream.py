@@ -126,6 +126,7 @@ class Upstream:
                 self._update(snapshot)
         except RegistryError:
             self._nobody()
+        pool.ledger.keep(pool.endpoints.keys() | pool.gone.keys(), now)
         listed = [EndpointState.of(endpoint, now, listed=True) for endpoint in pool.endpoints.values()]
         gone = [EndpointState.of(endpoint, now, listed=False) for endpoint, _ in pool.gone.values()]
         return Explanation(
@@ -139,4 +140,5 @@ class Upstream:
             hedges=dict(self.hedges),
             budget_left=self.budget.left(),
             budget_exhausted=self.budget.exhausted,
+            departed=pool.ledger.departed,
         )

@@ -28,7 +28,10 @@ def is_ours(address: str) -> bool:
 
 async def address_towards(host: str, port: int) -> str:
     """The address that this host uses to reach another one; sends nothing. Raises: OSError, if it has no address."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise OSError(f"no address of {host} is known: {error.strerror or error}") from error
     # IPv4 first, for that is where uvicorn listens: "localhost" may well be ::1 before it is 127.0.0.1.
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     for family, kind, protocol, _, address in found:

@@ -139,7 +139,11 @@ class Entry:
                 params, failures, in_doubt = [], failures + 1, True
                 # The first may be a proxy's doing, each minute.
                 log = logger.warning if failures == 2 else logger.debug
-                log("consul does not say whether it still knows this instance, asking on: %s", error)
+                log(
+                    "Consul does not say whether this instance is still registered; it serves on and asks again "
+                    "every 2 s: %s",
+                    error,
+                )
                 await asyncio.sleep(self._backoff.delay(failures))
                 continue
             if known is None:

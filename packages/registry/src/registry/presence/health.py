@@ -88,6 +88,7 @@ async def _state(name: str, check: Check, timeout: float) -> dict[str, Any]:
         return {"status": "degraded", "error": str(error)}
     except Exception as error:
         if limit.expired():
+            logger.warning("health check failed: %s: no answer within %g s", name, timeout, extra={"component": name})
             return {"status": "unhealthy", "error": f"no answer within {timeout:g} s"}
         # The message may hold a connection string with its password: that goes to the log's reader only.
         logger.warning("health check failed: %s: %r", name, error, extra={"component": name})

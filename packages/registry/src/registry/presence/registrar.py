@@ -152,7 +152,7 @@ class Registrar:
         except Exception as error:
             self.withdrawn = True
             logger.warning(
-                "could not deregister, Consul will notice by its checks: %s",
+                "could not deregister; callers find this instance until Consul's checks of it fail: %s",
                 str(error) or type(error).__name__,
                 extra={"instance": self.instance_id},
             )
@@ -163,7 +163,7 @@ class Registrar:
 
     async def _remove(self, service_id: str) -> None:
         if await self._entry.is_in_maintenance(service_id):
-            logger.info("in maintenance: left in Consul for a restart", extra={"instance": service_id})
+            logger.info("not deregistered: %s is in maintenance", service_id, extra={"instance": service_id})
         else:
             await self._entry.remove(service_id)
             self.standing.withdrawn(service_id)

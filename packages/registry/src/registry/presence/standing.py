@@ -9,6 +9,9 @@ __all__ = ["Standing"]
 
 logger = logging.getLogger("registry")
 
+_FAILED = "registration failed, so callers can't find this service; it serves on and tries again every 2 s: %s"
+_LOST = "registration failed for now; callers go by what they know, it serves on and tries again every 2 s: %s"
+
 
 class Standing:
     """What has come of one instance's registration."""
@@ -28,7 +31,7 @@ class Standing:
         """It is in Consul."""
         self.instance, self.registered, self._interrupted = registration.id, True, 0
         self.registrations[self._reason] = self.registrations.get(self._reason, 0) + 1
-        logger.info("registered", extra={"instance": registration.id, "address": registration.instance.netloc})
+        logger.info("registered %s", registration.id, extra={"instance": registration.id})
         self._observers.happened(Event("registered", self._service, registration.id, self._reason))
 
     def doubted(self, reason: str) -> None:
@@ -40,9 +43,10 @@ class Standing:
         """It can't be written, or not be watched, and is tried again. Returns how often in a row."""
         self._interrupted += 1
         log = logger.warning if self._interrupted == 1 else logger.debug
-        log("registration interrupted, trying on: %s", error, extra={"instance": self.instance})
+        words = str(error) or repr(error)
+        log(_LOST if self.instance else _FAILED, words, extra={"instance": self.instance})
         if self._interrupted == 1:
-            self._doubt("interrupted" if self.instance else self._reason, str(error) or type(error).__name__)
+            self._doubt("interrupted" if self.instance else self._reason, words)
         return self._interrupted
 
     def unreachable(self, registration: Registration) -> None:
@@ -56,7 +60,7 @@ class Standing:
     def withdrawn(self, service_id: str) -> None:
         """It was removed."""
         self.registered = False
-        logger.info("deregistered", extra={"instance": service_id})
+        logger.info("deregistered %s", service_id, extra={"instance": service_id})
         self._observers.happened(Event("withdrawn", self._service, service_id))
 
     def _doubt(self, reason: str, detail: str) -> None:

@@ -1,17 +1,15 @@
 """Where a Consul binary comes from: an installed one, the cache, a release's archive, or a build from its Go module."""
 
-import fcntl
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from registry.testing.archive import download
 from registry.testing.golang import build_with_go_from_index, build_with_installed_go
-from registry.testing.progress import UnavailableError, say
+from registry.testing.progress import UnavailableError, alone, say
 
 __all__ = ["RECIPE", "ConsulNotFoundError", "cached", "find_consul", "pinned_version"]
 
@@ -83,7 +81,7 @@ def _get(target: Path) -> None:
     failures = []
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.with_suffix(".lock")):
+        with alone(target.with_suffix(".lock")):
             if _is_executable(target):
                 return
             say(f"Consul {pinned_version()} is neither on PATH nor in {target.parent}: getting it, once.\n")
@@ -99,18 +97,6 @@ def _get(target: Path) -> None:
         failures.append(f"the cache, which XDG_CACHE_HOME can move: {error}")
     reasons = "".join(f"  - {failure}\n" for failure in failures)
     raise ConsulNotFoundError(f"No Consul was found on this machine, and no way led to one:\n{reasons}{_WAYS_OUT}")
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold `lock`, after waiting for its present holder; the system frees it when a holder is killed."""
-    with lock.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("Another process is getting Consul: waiting for it.\n")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

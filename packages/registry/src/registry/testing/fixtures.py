@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, Unpack
 
-from registry.testing import extra
+from registry.extras import extra
 from registry.testing.agent import ConsulAgent, find_consul, running_agent
 from registry.testing.instances import Options, RunningInstance, running_instances
 
-with extra():
+with extra("testing"):
     import pytest
 
 __all__ = [

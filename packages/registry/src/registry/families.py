@@ -1,0 +1,90 @@
+"""The metrics that there are: their names, labels and meaning. `registry.metrics` fills them in."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["FAMILIES", "MOST_INSTANCES", "Family"]
+
+MOST_INSTANCES = 1_000
+"""So many instances of a service are counted one by one; the others are only in the figures of their service."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric; the table in docs/reference/metrics.md is made of these."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    help: str
+
+
+FAMILIES = (
+    Family(
+        "http_client_request_duration_seconds",
+        "histogram",
+        ("server_address", "http_request_method", "http_response_status_code", "error_type"),
+        "Duration of each attempt; server_address is the service's name; by status, or by error if there was none",
+    ),
+    Family(
+        "registry_call_duration_seconds",
+        "histogram",
+        ("service", "outcome"),
+        "Duration of each call, all its attempts and the waits between them included",
+    ),
+    Family(
+        "registry_attempts_total",
+        "counter",
+        ("service", "instance", "outcome"),
+        "Attempts at each instance by what they came to",
+    ),
+    Family(
+        "registry_retries_total",
+        "counter",
+        ("service", "reason"),
+        "Attempts that followed a failed one; reason is the outcome of that one",
+    ),
+    Family(
+        "registry_retry_budget_exhausted_total",
+        "counter",
+        ("service",),
+        "Calls that were not retried for want of budget",
+    ),
+    Family(
+        "registry_hedges_total",
+        "counter",
+        ("service", "won"),
+        "Second attempts, sent since the first took long, by whether theirs was the answer",
+    ),
+    Family(
+        "registry_ejections_total",
+        "counter",
+        ("service", "instance", "reason"),
+        "How often an instance was left out; reason is the outcome of the attempt that decided it",
+    ),
+    Family(
+        "registry_endpoints",
+        "gauge",
+        ("service", "state"),
+        "Instances: live, ejected, or gone: no longer listed, asked when nobody else is left",
+    ),
+    Family(
+        "registry_endpoints_omitted",
+        "gauge",
+        ("service",),
+        f"Instances beyond {MOST_INSTANCES:,}, which have no series of their own",
+    ),
+    Family("registry_in_flight", "gauge", ("service",), "Attempts under way"),
+    Family(
+        "registry_failing_fast", "gauge", ("service",), "1 while calls are turned away because every instance fails"
+    ),
+    Family(
+        "registry_view_age_seconds",
+        "gauge",
+        ("service",),
+        "Time since the registry last answered without an error; +Inf: it never has",
+    ),
+    Family("registry_watch_errors_total", "counter", ("service",), "Queries that the registry has not answered"),
+    Family("registry_registered", "gauge", (), "1 while this service is registered"),
+    Family("registry_registrations_total", "counter", ("reason",), "How often this service registered, and why"),
+)
