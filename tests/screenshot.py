@@ -22,7 +22,7 @@ def main() -> int:
         running_system(consul, Path(folder), 4, {"SERVICE_HEALTH_CHECK_INTERVAL": "5"}) as system,
         running_browser() as browser,
         open_tab(browser, system.front, **LOOK) as tab,
-        Load(system.front),
+        Load(system.front, callers=2),
     ):
         victim = min(system.passing("backend-api"))
         tab.says(victim, "live")

@@ -115,25 +115,30 @@ def open_tab(browser: Browser, url: str, **options: object) -> Iterator[Tab]:
 
 
 class Load:
-    """Publishes cards without pause, within ``with``; ``answered`` counts by instance."""
+    """Publishes cards without pause, within ``with``; ``answered`` counts by instance.
 
-    def __init__(self, front: str, most: int | None = None, pause: float = 0.05) -> None:
+    Several callers at once keep all instances busy. ``most``: so many cards, by one caller; else until the end.
+    """
+
+    def __init__(self, front: str, most: int | None = None, pause: float = 0.05, callers: int = 1) -> None:
         self._front = front
         self._most = most
         self._pause = pause
         self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._threads = [threading.Thread(target=self._run) for _ in range(callers)]
         self.answered = Counter[str]()
         self.failed: list[str] = []
 
     def __enter__(self) -> "Load":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._most is None:
             self._ends.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         card = {"title": "A card", "content": "Services find each other", "tags": ["registry"]}
