@@ -142,6 +142,7 @@ async def test_too_large_an_answer_is_its_own_calls_only(answer: bytes) -> None:
     assert grown < 100, f"{grown:.0f} MB"
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("answer", SILENT.values(), ids=SILENT)
 async def test_silence_costs_one_time_out(answer: bytes | None) -> None:
     """An instance that says nothing, or never ends, holds a call for one time-out, and is then avoided."""

@@ -196,6 +196,7 @@ async def test_who_left_is_counted_to_the_end_and_then_vanishes(monkeypatch: pyt
         assert "registry_attempts_total" not in read(registry)
 
 
+@pytest.mark.real
 async def test_10_000_instances_come_and_go() -> None:
     """However many there have been, the series are those of who is there, and of the last who left."""
     fleet = Fleet()

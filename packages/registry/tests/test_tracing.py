@@ -259,6 +259,7 @@ def test_a_request_names_the_instance_that_serves_it(traced: Traced) -> None:
     assert [about(span).get("registry.instance.id") for span in traced.spans] == [None, "stock-1", None]
 
 
+@pytest.mark.real
 async def test_the_end_waits_for_a_collector_no_longer_than_two_seconds(caplog: pytest.LogCaptureFixture) -> None:
     released = threading.Event()
 

@@ -113,6 +113,7 @@ async def test_a_locked_database_is_503_and_recovers(replica: Replica, database_
     assert (await backend.post("/api/publish", json={"title": "t", "content": "t"})).status_code == 201
 
 
+@pytest.mark.real
 async def test_a_silent_database_keeps_nobody_longer_than_the_timeout() -> None:
     """Those who connect wait one time-out, those who wait for them half of it, and nobody connects on top of those."""
     connections: list[asyncio.StreamWriter] = []
