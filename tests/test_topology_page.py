@@ -13,16 +13,12 @@ from registry import ServiceRegistry
 from registry.testing.agent import running_agent
 from registry.testing.ports import free_ports
 from tests.system import System, answers, running_system
-from tests.topology import Load, open_tab, running_browser
+from tests.topology import Load, browser_or_skip, open_tab
 
 DRAIN = 0.5
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One for all; every tab has a context of its own."""
-    with running_browser() as running:
-        yield running
+browser = pytest.fixture(scope="module")(browser_or_skip)
 
 
 @pytest.fixture(scope="module")
