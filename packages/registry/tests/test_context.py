@@ -175,7 +175,7 @@ SENSELESS = [
 ]
 
 
-@pytest.mark.parametrize("value", SENSELESS)
+@pytest.mark.parametrize("value", SENSELESS, ids=range(len(SENSELESS)))
 async def test_senseless_deadline_is_ignored(value: str) -> None:
     """What no caller can mean neither stops a request nor gives it time without end."""
     back = backend()
