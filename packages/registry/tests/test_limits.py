@@ -74,6 +74,7 @@ async def plain_app(scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse(len(await Request(scope, receive).body()))(scope, receive, send)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("app", [fastapi_app(), plain_app], ids=["FastAPI", "plain ASGI"])
 @pytest.mark.parametrize(
     ("head", "chunk"),
@@ -93,6 +94,7 @@ async def test_a_slow_body_is_408(app: ASGIApp, head: str, chunk: bytes) -> None
     assert 0.3 <= seconds < 5
 
 
+@pytest.mark.real
 async def test_a_body_that_keeps_coming_is_taken() -> None:
     """A body that is fast enough may take longer than the grace; one second buys as many bytes as the rate."""
     async with serving(SlowBodyMiddleware(plain_app, grace=0.2, rate=100)) as port:

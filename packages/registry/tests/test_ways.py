@@ -97,6 +97,7 @@ def client_of(*instances: Instance, **options: Any) -> ServiceDiscoveryClient:
     return ServiceDiscoveryClient(StaticResolver({"cards": instances}), **{"retry_delay": 0.0} | options)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("path", ["/", "/slash"])
 @every_way_and_upload
 async def test_time_outs_cover_the_body(way: Way, path: str) -> None:

@@ -190,6 +190,7 @@ async def test_a_page_shows_the_beginning_of_long_texts(backend: httpx.AsyncClie
     assert (short["content"], short["complete"]) == ("🦆" * 500, True)
 
 
+@pytest.mark.real
 async def test_a_page_has_a_bounded_size(backend: httpx.AsyncClient) -> None:
     """A hundred of the largest cards: each page stays under 256 kB, and the pages together show every card once."""
     for number in range(100):
