@@ -48,7 +48,7 @@ TURN = 50
 
 
 def overheads(turns: int) -> dict[str, float]:
-    """What is measured → µs of CPU beyond the same without it: medians over so many turns."""
+    """What is measured → µs of CPU beyond the same without it, from so many turns."""
     return {
         "none": _counting(turns * TURN),
         **asyncio.run(_observers(turns)),
@@ -102,12 +102,14 @@ async def _observers(turns: int) -> dict[str, float]:
             return lambda: client.get("bench", "/api/cards/1")
 
         ways = {"": await opened(lambda client: None), "metrics": await opened(lambda c: Metrics(c.explain_all))}
-        for name, tracing in _tracings().items():
+        for name, provider in _providers().items():
+            stack.callback(provider.shutdown)
+            tracing = TracingObserver(provider)
             ways[name] = await opened(lambda client, tracing=tracing: tracing)  # type: ignore[misc]
         return await _compare(ways, turns)
 
 
-def _tracings() -> Mapping[str, Observer]:
+def _providers() -> Mapping[str, TracerProvider]:
     """With the SDK's own sampler; what is sampled is batched, as ever, and then dropped."""
 
     class Nowhere(SpanExporter):
@@ -117,7 +119,7 @@ def _tracings() -> Mapping[str, Observer]:
     sampled = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
     sampled.add_span_processor(BatchSpanProcessor(Nowhere()))
     unsampled = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
-    return {"unsampled": TracingObserver(unsampled), "sampled": TracingObserver(sampled)}
+    return {"unsampled": unsampled, "sampled": sampled}
 
 
 async def _requests(turns: int) -> dict[str, float]:
@@ -203,17 +205,18 @@ async def _request(app: FastAPI, method: str) -> None:
 
 
 async def _compare(ways: Mapping[str, Callable[[], Awaitable[Any]]], turns: int) -> dict[str, float]:
-    """Of each but the one without a name: µs beyond that one, in the median over the turns."""
+    """Of each but the one without a name: µs of this thread beyond that one, in the turns that others disturb least."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(turns):
         for name, call in ways.items():
-            began = time.process_time_ns()
+            began = time.thread_time_ns()
             for _ in range(TURN):
                 await call()
-            taken[name].append((time.process_time_ns() - began) / TURN / 1e3)
+            taken[name].append((time.thread_time_ns() - began) / TURN / 1e3)
             await asyncio.sleep(0)
-    base = taken.pop("")
-    return {name: median(mine - its for mine, its in zip(each, base, strict=True)) for name, each in taken.items()}
+    undisturbed = {name: sorted(each)[len(each) // 10] for name, each in taken.items()}
+    base = undisturbed.pop("")
+    return {name: micros - base for name, micros in undisturbed.items()}
 
 
 def sync_microseconds(target: Target, calls: int) -> dict[str, float]:

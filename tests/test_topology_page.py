@@ -1,6 +1,7 @@
 """The topology page in a real browser, beside a system of real processes: what it shows is what happens."""
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,12 @@ from registry import ServiceRegistry
 from registry.testing.agent import running_agent
 from registry.testing.ports import free_ports
 from tests.system import System, answers, running_system
-from tests.topology import Load, open_tab, running_browser
+from tests.topology import Load, browser_or_skip, open_tab
 
 DRAIN = 0.5
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One for all; every tab has a context of its own."""
-    with running_browser() as running:
-        yield running
+browser = pytest.fixture(scope="module")(browser_or_skip)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +64,7 @@ def test_a_kill_under_load_shows_within_one_and_a_half_seconds(system: System, b
         process = system.processes.pop(victim)
         process.send_signal(signal.SIGKILL)
         seconds = tab.says(victim, "ejected: refused")
+        sys.stderr.write(f"\nejected on the page {seconds:.2f} s after the kill\n")
         assert seconds < 1.5
         assert f"{victim}: its checks pass, says Consul" in tab.text("#disagreements")
         process.wait()
@@ -166,6 +164,7 @@ def test_a_stop_with_the_page_open_is_no_longer_and_a_restart_no_duplicate(syste
         with system.without(front, signal.SIGTERM):
             seconds = time.monotonic() - begun
             tab.wait("document.getElementById('live').textContent.startsWith('Not connected')")
+        sys.stderr.write(f"\nended {seconds:.2f} s after SIGTERM, with a drain of {DRAIN} s\n")
         assert seconds < DRAIN + 1
         tab.wait("epoch => document.documentElement.dataset.epoch !== epoch", epoch)
         tab.live()

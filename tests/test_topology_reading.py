@@ -15,16 +15,12 @@ from playwright.sync_api import Browser
 from orchestrator.page import routes
 from orchestrator.page.compose import compose
 from tests.pictures import Album, instance, picture
-from tests.topology import open_tab, running_browser
+from tests.topology import browser_or_skip, open_tab
 
 PHONE = {"viewport": {"width": 360, "height": 740}}
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One for all; every tab has a context of its own."""
-    with running_browser() as running:
-        yield running
+browser = pytest.fixture(scope="module")(browser_or_skip)
 
 
 @contextmanager

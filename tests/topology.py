@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httpx
+import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -17,9 +18,19 @@ WAIT_MS = 60_000
 """What is waited for is told by events; only what has a promise of its own is timed."""
 
 
+def browser_or_skip() -> Iterator[Browser]:
+    """For a fixture: one browser for all tests; where there is none, they are skipped, and say what to install."""
+    try:
+        find_browser()
+    except AssertionError as missing:
+        pytest.skip(str(missing))
+    with running_browser() as running:
+        yield running
+
+
 @contextmanager
 def running_browser() -> Iterator[Browser]:
-    """Debian's Chromium, or the one that is installed."""
+    """Debian's Chromium, or the one that is installed. Raises: AssertionError, if there is none."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         try:

@@ -1,4 +1,4 @@
-"""The browser for Consul's UI: the Chromium or Chrome that is installed, else Debian's, where root may install it."""
+"""The browser that looks at pages: the Chromium or Chrome that is installed, else Debian's, if root may install it."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable
 _PLACES = ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
 _INSTALL = ("apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium")
 _MISSING = (
-    "The look at Consul's UI needs a browser: install Chromium or Chrome (Debian: `apt-get install chromium`), "
+    "To look at pages, a browser is needed: install Chromium or Chrome (Debian: `apt-get install chromium`), "
     "or name one in CHROMIUM_BIN."
 )
 

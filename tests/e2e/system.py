@@ -137,6 +137,7 @@ class System:
             }
         )
         self.consul = f"http://127.0.0.1:{ui_port}"
+        self.page = f"http://127.0.0.1:{topology_port}"
         self.edge = {service.name: f"http://127.0.0.1:{port}" for service, port in zip(SERVICES, ports, strict=True)}
         self.registry = ServiceRegistry("127.0.0.1", ui_port)
         self.http = httpx.Client(timeout=10.0, trust_env=False)

@@ -73,3 +73,19 @@ def test_the_interface_shows_the_backends(
         PUBLISHED.mkdir(exist_ok=True)
         shutil.copy2(picture, PUBLISHED)
     scene.saw("screenshot: consul-ui.png")
+
+
+def test_the_topology_page_is_on_a_port_of_its_own(system: System) -> None:
+    """There it shows every replica and goes on doing so; on the ports for strangers there is nothing of it."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(f"{system.page}/")
+        for replica in system.replicas():
+            expect(page.get_by_role("rowheader").filter(has_text=replica.instance)).to_have_count(1, timeout=15_000)
+        expect(page.locator("#live")).to_have_text("Live, picture", timeout=15_000)
+        browser.close()
+    for address in system.edge.values():
+        assert system.http.get(f"{address}/registry/state").status_code == 404
+    for path in ("/", "/topology/topology.js"):
+        assert system.http.get(f"{system.edge['orchestrator-api']}{path}").status_code == 404

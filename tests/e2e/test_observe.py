@@ -15,8 +15,8 @@ from tools.services import SERVICES
 
 CARD = {"title": "Consul knows who is healthy", "content": "Every service registers with Consul.", "tags": ["consul"]}
 SEEN_SECONDS = 5.0
-FOLLOW_SECONDS = 10.0
-"""When much changes, Prometheus collects the changes of up to 7.5 s."""
+FOLLOW_SECONDS = 15.0
+"""When much changes, Prometheus collects the changes of up to 7.5 s; then it looks again, and asks who is new."""
 EXPORT_SECONDS = 20.0
 CALLS = 150
 ORCHESTRATOR = "orchestrator-api"

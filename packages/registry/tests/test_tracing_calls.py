@@ -15,7 +15,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from registry import DiscoveryTransport, Instance, ServiceDiscoveryClient, ServiceNotFoundError, StaticResolver
+from registry import (
+    DiscoveryTransport,
+    Instance,
+    ServiceDiscoveryClient,
+    ServiceNotFoundError,
+    StaticResolver,
+    SyncDiscoveryTransport,
+)
 from registry.discovery.balancing import Candidates
 from registry.discovery.endpoint import Endpoint
 from registry.testing.ports import free_ports
@@ -324,3 +331,20 @@ async def test_any_httpx_client_is_traced() -> None:
         async with httpx.AsyncClient(transport=transport) as client:
             await client.get("http://cards/a")
     assert [span.name for span in exporter.get_finished_spans()] == ["GET", "call cards"]
+
+
+async def test_a_call_that_blocks_belongs_to_the_span_of_its_thread() -> None:
+    """Although it is made by the event loop of another."""
+    provider, exporter = TracerProvider(shutdown_on_exit=False), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    async with raw_servers(ok) as [server]:
+        resolver = StaticResolver({"cards": [server.instance]})
+
+        def call() -> None:
+            transport = SyncDiscoveryTransport(resolver, observer=TracingObserver(provider))
+            with provider.get_tracer("test").start_as_current_span("job"), httpx.Client(transport=transport) as client:
+                client.get("http://cards/a")
+
+        await asyncio.to_thread(call)
+    attempt, whole, job = exporter.get_finished_spans()
+    assert (attempt.parent, whole.parent) == (whole.context, job.context)

@@ -123,14 +123,13 @@ async def test_events_are_asked_for_once_and_a_new_process_is_asked_anew(callers
         for _ in range(3):
             await callers.ask(1)
         [caller] = callers.all()
-        assert [event.number for event in caller.news] == [1, 2, 3]
+        assert [event.number for _, event in caller.take_news()] == [1, 2, 3]
         assert lines == ["/registry/state?after=0", "/registry/state?after=3", "/registry/state?after=3"]
         assert caller.freeze(time.monotonic()).rates
-        caller.news.clear()
         known = told(events=1, started=2.0)
         await callers.ask(1)
         assert lines[3:] == ["/registry/state?after=3", "/registry/state?after=0"]
-        assert [event.number for event in caller.news] == [1]
+        assert [(name, event.number) for name, event in caller.take_news()] == [(spoken.id, 1)]
         assert caller.freeze(time.monotonic()).rates == {}
 
 

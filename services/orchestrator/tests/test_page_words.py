@@ -1,5 +1,6 @@
 """What the page says: the journal, disagreements, states and shares, from one picture."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -26,10 +27,9 @@ def event(kind: str, at: float, number: int = 1, reason: str = "", about: str | 
 def test_what_several_saw_is_told_once() -> None:
     """Two callers that eject the same instance make one line with both; the same caller's next one is a new line."""
     journal = Journal()
-    journal.heard("a", [event("ejected", 10.0, reason="refused")])
-    journal.heard("b", [event("ejected", 11.0, reason="refused")])
-    journal.heard("a", [event("ejected", 20.0, 2, "refused"), event("reinstated", 21.0, 3)])
-    journal.heard("b", [event("ejected", 100.0, 2, "refused")])
+    journal.heard([("b", event("ejected", 11.0, reason="refused")), ("a", event("ejected", 10.0, reason="refused"))])
+    journal.heard([("a", event("ejected", 20.0, 2, "refused")), ("a", event("reinstated", 21.0, 3))])
+    journal.heard([("b", event("ejected", 100.0, 2, "refused"))])
     assert [(entry.at, entry.kind, entry.by) for entry in journal] == [
         (100.0, "ejected", ("b",)),
         (21.0, "came back", ("a",)),
@@ -41,12 +41,12 @@ def test_what_several_saw_is_told_once() -> None:
 def test_who_was_there_before_has_not_joined() -> None:
     """The first answer of Consul is no news; the next ones say who joined, and how who left did."""
     journal = Journal()
-    journal.heard("a", [event("joined", 1.0), event("watch_changed", 1.0), event("probed", 1.0)])
+    journal.heard(("a", event(kind, 1.0)) for kind in ("joined", "watch_changed", "probed"))
     journal.compared([Listing("backend-api", (ONE, TWO), ())], 2.0)
     assert list(journal) == []
     left = (LeftOut(ONE.id, "deregistered", "withdrew"), LeftOut(TWO.id, "check 'health' is critical", "critical"))
     journal.compared([Listing("backend-api", (THREE,), left)], 3.0)
-    journal.heard(THREE.id, [event("registered", 2.5, reason="started", about=THREE.id)])
+    journal.heard([(THREE.id, event("registered", 2.5, reason="started", about=THREE.id))])
     found = {(entry.kind, entry.instance): entry for entry in journal}
     assert found["left", ONE.id].reason == "withdrew"
     assert (found["left", TWO.id].reason, found["left", TWO.id].detail) == ("critical", "check 'health' is critical")
@@ -68,6 +68,20 @@ def differences(outlook: Outlook, known: State, *times: float, error: str | None
     watching = Disagreements()
     lines = [watching.between(whole(outlook, told_of), uses(told_of), now) for now in times]
     return [line.text for line in lines[-1]]
+
+
+def test_a_long_journal_keeps_the_newest() -> None:
+    """Whoever tells first, of a hundred instances with two hundred events each the newest are kept, and soon."""
+    journal, begun = Journal(), time.process_time()
+    journal.heard(
+        (f"i-{caller}", event("ejected", float(at), at, "refused", f"x-{caller}-{at}"))
+        for caller in range(100)
+        for at in range(200)
+    )
+    assert time.process_time() - begun < 1
+    assert [entry.at for entry in journal] == [199.0] * 100 + [198.0] * 100 + [197.0] * 100
+    journal.heard([("other", event("ejected", 199.5, reason="refused", about="x-7-199"))])
+    assert {entry.instance: entry.by for entry in journal}["x-7-199"] == ("i-7", "other")
 
 
 def test_lists_may_differ_for_a_moment(outlook: Outlook) -> None:

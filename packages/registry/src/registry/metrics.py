@@ -7,15 +7,16 @@ only moves two histograms on. No label ever holds a path, a tag or a text from o
 import math
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from itertools import accumulate
+from os import environ
 from typing import TypeAlias
 
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from registry.discovery.explanation import Explanation
 from registry.extras import extra
-from registry.families import FAMILIES, MOST_INSTANCES, Family
+from registry.families import BUCKETS, FAMILIES, MOST_INSTANCES, Family, Histogram, Series
 from registry.presence.health import find_state
 from registry.presence.registrar import Registrar
 from registry.telemetry import ObservedAttempt, ObservedCall, Observer
@@ -28,11 +29,9 @@ with extra("metrics"):
 
 __all__ = ["Metrics", "metrics_router"]
 
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-"""Seconds. Source: https://opentelemetry.io/docs/specs/semconv/http/http-metrics/"""
 METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE", "QUERY"})
+"""Source: https://opentelemetry.io/docs/specs/semconv/http/http-metrics/, as OTHER."""
 OTHER = "_OTHER"
-"""Stands for every method that is not known. Source: the same page."""
 MOST_SERIES = 1_000
 """So many series a histogram has at most; whatever else comes is added to one of which each label is ``_OTHER``."""
 
@@ -51,6 +50,8 @@ class Metrics(Observer, Collector):
     def __init__(self, explain_all: Callable[[], Iterable[Explanation]], registrar: Registrar | None = None) -> None:
         self._explain_all = explain_all
         self._registrar = registrar
+        self.service = registrar.standing.service if registrar else "unknown_service"
+        """Which one this is."""
         self._attempts = _Histograms()
         self._calls = _Histograms()
         self._shown: dict[str, set[str]] = {}
@@ -71,6 +72,11 @@ class Metrics(Observer, Collector):
         series.sum += seconds
 
     def collect(self) -> Iterator[Metric]:
+        """What ``read`` says, for Prometheus."""
+        for family, series in self.read():
+            yield _metric(family, series)
+
+    def read(self) -> list[tuple[Family, Series]]:
         """Every family, with the values of this moment. To be called where the client runs: on its event loop."""
         services: dict[str, list[Explanation]] = {}
         for explanation in self._explain_all():
@@ -82,22 +88,14 @@ class Metrics(Observer, Collector):
             self._measure(values, service, upstreams)
         if self._registrar is not None:
             standing = self._registrar.standing
-            values["registry_registered"][()] = standing.registered
+            values["registry_registered"][()] = int(standing.registered)
             for reason, times in standing.registrations.items():
                 values["registry_registrations_total"][reason,] = times
         histograms = {
             "http_client_request_duration_seconds": self._attempts.labelled(services, _status_or_error),
             "registry_call_duration_seconds": self._calls.labelled(services, lambda outcome: (str(outcome),)),
         }
-        for family in FAMILIES:
-            if family.kind == "histogram":
-                yield _histogram(family, histograms[family.name])
-            else:
-                make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-                metric = make(family.name, family.help, labels=family.labels)
-                for labels, value in values[family.name].items():
-                    metric.add_metric(labels, value)
-                yield metric
+        return [(family, histograms.get(family.name, values[family.name])) for family in FAMILIES]
 
     def _count(self, values: dict[str, Values], service: str, upstreams: Sequence[Explanation]) -> None:
         """What only grows. One service may be several upstreams: one for each tag that it is called with."""
@@ -144,38 +142,25 @@ class Metrics(Observer, Collector):
         ages = [math.inf if upstream.view.age is None else upstream.view.age for upstream in upstreams]
         values["registry_view_age_seconds"][service,] = max(ages)
         values["registry_in_flight"][service,] = sum(endpoint.in_flight for endpoint in endpoints)
-        values["registry_failing_fast"][service,] = any(upstream.failing_fast_for for upstream in upstreams)
+        values["registry_failing_fast"][service,] = int(any(upstream.failing_fast_for for upstream in upstreams))
 
 
-class _Histogram:
-    """One series. A client has one event loop, so that no lock is needed; that is what makes it cheap."""
-
-    __slots__ = ("counts", "sum")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)
-        self.sum = 0.0
-
-
-class _Histograms(dict[tuple[object, ...], _Histogram]):
+class _Histograms(dict[tuple[object, ...], Histogram]):
     """The series of one family: by service, perhaps by method, and by how it ended."""
 
-    def of(self, key: tuple[object, ...]) -> _Histogram:
+    def of(self, key: tuple[object, ...]) -> Histogram:
         """A new one, unless that would be for an unknown method, or one too many."""
         service, *method, end = key
         key = (service, *(each if each in METHODS else OTHER for each in method), end)
         if key not in self and len(self) >= MOST_SERIES:
             key = (OTHER,) * len(key)
-        return self.setdefault(key, _Histogram())
+        return self.setdefault(key, Histogram())
 
-    def labelled(
-        self, services: Iterable[str], last: Callable[[object], tuple[str, ...]]
-    ) -> Iterator[tuple[list[str], _Histogram]]:
-        """Labels and series, without those of services that are no longer known, which are dropped."""
+    def labelled(self, services: Iterable[str], last: Callable[[object], tuple[str, ...]]) -> Series:
+        """Without the series of services that are no longer known, which are dropped."""
         for key in [key for key in self if str(key[0]) not in services and key[0] != OTHER]:
             del self[key]
-        for key, series in self.items():
-            yield [*map(str, key[:-1]), *last(key[-1])], series
+        return {(*map(str, key[:-1]), *last(key[-1])): series for key, series in self.items()}
 
 
 def _status_or_error(what: object) -> tuple[str, str]:
@@ -184,11 +169,19 @@ def _status_or_error(what: object) -> tuple[str, str]:
     return "", str(what)
 
 
-def _histogram(family: Family, series: Iterable[tuple[list[str], _Histogram]]) -> HistogramMetricFamily:
-    metric = HistogramMetricFamily(family.name, family.help, labels=family.labels)
-    bounds = [*map(str, BUCKETS), "+Inf"]
-    for labels, each in series:
-        metric.add_metric(labels, list(zip(bounds, accumulate(each.counts), strict=True)), each.sum)
+def _metric(family: Family, series: Series) -> Metric:
+    if family.kind == "histogram":
+        histogram = HistogramMetricFamily(family.name, family.help, labels=family.labels)
+        for labels, each in series.items():
+            assert isinstance(each, Histogram)
+            counts = accumulate(each.counts)
+            histogram.add_metric(labels, list(zip([*map(str, BUCKETS), "+Inf"], counts, strict=True)), each.sum)
+        return histogram
+    make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+    metric = make(family.name, family.help, labels=family.labels)
+    for labels, value in series.items():
+        assert not isinstance(value, Histogram)
+        metric.add_metric(labels, value)
     return metric
 
 
@@ -196,11 +189,23 @@ def _add(values: Values, by: float, *labels: str) -> None:
     values[labels] = values.get(labels, 0) + by
 
 
+def _pushed(metrics: Metrics | None) -> AbstractAsyncContextManager[None]:
+    """Pushes them, too, while it is open, if the environment asks for it."""
+    exporter = environ.get("OTEL_METRICS_EXPORTER", "")
+    asked = exporter == "otlp" or (not exporter and "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT" in environ)
+    if metrics is None or not asked or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return nullcontext()
+    from registry.otlp import pushing
+
+    return pushing(metrics.read, metrics.service)
+
+
 def metrics_router() -> APIRouter:
     """A router with ``GET /metrics``: ``app.include_router(metrics_router())``, in the app that has the lifespan.
 
     Beside the families of this module it serves what is registered with ``prometheus_client`` itself: the process, the
     garbage collector, and the app's own. The format is what the ``Accept`` header asks for: Prometheus or OpenMetrics.
+    With ``OTEL_METRICS_EXPORTER=otlp``, or an ``OTEL_EXPORTER_OTLP_METRICS_ENDPOINT``, the families are pushed as well.
 
     Raises, when the app starts: ValueError, if a metric of the same name is already registered there.
     """
@@ -209,13 +214,14 @@ def metrics_router() -> APIRouter:
     async def observing(app: FastAPI) -> AsyncIterator[None]:
         registry = CollectorRegistry(auto_describe=True)
         registry.register(REGISTRY)
-        client = getattr(app.state, "discovery_client", None)
+        client, metrics = getattr(app.state, "discovery_client", None), None
         if client is not None:
             metrics = Metrics(client.explain_all, app.state.registrar)
             registry.register(metrics)
             client.observe(metrics)
         app.state.metrics = registry
-        yield
+        async with _pushed(metrics):
+            yield
         del app.state.metrics
 
     router = APIRouter(lifespan=observing)

@@ -17,7 +17,7 @@ class Standing:
     """What has come of one instance's registration."""
 
     def __init__(self, service: str, observer: Observer | None) -> None:
-        self._service = service
+        self.service = service
         self._observers = Observers(observer)
         self.instance: str | None = None
         self.registered = False
@@ -32,7 +32,7 @@ class Standing:
         self.instance, self.registered, self._interrupted = registration.id, True, 0
         self.registrations[self._reason] = self.registrations.get(self._reason, 0) + 1
         logger.info("registered %s", registration.id, extra={"instance": registration.id})
-        self._observers.happened(Event("registered", self._service, registration.id, self._reason))
+        self._observers.happened(Event("registered", self.service, registration.id, self._reason))
 
     def doubted(self, reason: str) -> None:
         """It may be there no more, and will be written again: ``forgotten`` or ``moved``."""
@@ -61,8 +61,8 @@ class Standing:
         """It was removed."""
         self.registered = False
         logger.info("deregistered %s", service_id, extra={"instance": service_id})
-        self._observers.happened(Event("withdrawn", self._service, service_id))
+        self._observers.happened(Event("withdrawn", self.service, service_id))
 
     def _doubt(self, reason: str, detail: str) -> None:
         self.registered, self._reason = False, reason
-        self._observers.happened(Event("in_doubt", self._service, self.instance, reason, detail))
+        self._observers.happened(Event("in_doubt", self.service, self.instance, reason, detail))

@@ -7,7 +7,7 @@ holds up no other, and what it answers is bounded in size, time and content.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -77,12 +77,16 @@ class Caller:
         self.state: State | None = None
         self.error: str | None = None
         self.silent = False
-        self.news: list[Event] = []
-        """Events that nobody has taken yet."""
+        self._news: list[Event] = []
         self.after = 0
         """The number of the last event that is known."""
         self._heard = 0.0
         self._samples: dict[Usage, deque[_Sample]] = {}
+
+    def take_news(self) -> Iterator[tuple[str, Event]]:
+        """Events since the last time, each with who saw it."""
+        news, self._news = self._news, []
+        return ((self.instance.id, event) for event in news)
 
     def freeze(self, now: float) -> Told:
         """As it stands."""
@@ -113,7 +117,7 @@ class Caller:
             if asked_after:
                 return True
         self.state, self._heard, self.error, self.silent = state, at, None, False
-        self.news += [event for event in state.events if event.number > self.after]
+        self._news += [event for event in state.events if event.number > self.after]
         self.after = max([self.after, *(event.number for event in state.events)])
         used = {(upstream.service, upstream.tag) for upstream in state.upstreams}
         self._samples = {usage: samples for usage, samples in self._samples.items() if usage in used}

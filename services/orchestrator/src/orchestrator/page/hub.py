@@ -111,9 +111,7 @@ class Hub:
                         await callers.ask(PATIENCE)
                     outlook = catalog.outlook()
                     now, known = time.monotonic(), callers.all()
-                    for caller in known:
-                        news, caller.news = caller.news, []
-                        journal.heard(caller.instance.id, news)
+                    journal.heard(news for caller in known for news in caller.take_news())
                     journal.compared(outlook.listings, time.time())
                     told = tuple(caller.freeze(now) for caller in known)
                     differences = disagreements.between(whole(outlook, told), uses(told), now)

@@ -3,9 +3,9 @@
 It is there to be read. What the page shows of now comes from snapshots, and never from here.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from orchestrator.page.catalog import Listing
 from orchestrator.page.state import Event
@@ -16,6 +16,8 @@ SIZE = 300
 TOGETHER = 30.0
 """Seconds within which several who saw the same tell of the same."""
 CONSUL = "Consul"
+_About: TypeAlias = tuple[str, str, str | None]
+"""A kind, a service, an instance."""
 _KINDS = {
     "registered": "joined",
     "withdrawn": "left",
@@ -51,16 +53,18 @@ class Journal:
     """Keeps the last entries."""
 
     def __init__(self) -> None:
-        self._entries: deque[Entry] = deque(maxlen=SIZE)
+        self._entries: dict[int, Entry] = {}
+        """By number, the oldest first."""
+        self._latest: dict[_About, int] = {}
         self._number = 0
         self._listed: dict[str, set[str]] | None = None
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(sorted(self._entries, key=lambda entry: (entry.at, entry.number), reverse=True))
+        return iter(sorted(self._entries.values(), key=lambda entry: (entry.at, entry.number), reverse=True))
 
-    def heard(self, caller: str, events: Iterable[Event]) -> None:
-        """What one instance has seen."""
-        for event in events:
+    def heard(self, news: Iterable[tuple[str, Event]]) -> None:
+        """What instances have seen, each by its id."""
+        for caller, event in sorted(news, key=lambda each: each[1].at):
             if kind := _KINDS.get(event.kind):
                 own = event.kind in {"registered", "withdrawn"}
                 self._add(
@@ -89,17 +93,23 @@ class Journal:
                 self._add(at, "left", service, instance, reason, detail, CONSUL)
 
     def _add(self, at: float, kind: str, service: str, instance: str | None, reason: str, detail: str, by: str) -> None:
-        for index, entry in enumerate(self._entries):
-            same = (entry.kind, entry.service, entry.instance) == (kind, service, instance)
-            told = kind == "joined" or entry.reason == reason
-            if same and told and abs(entry.at - at) < TOGETHER and by not in entry.by:
-                self._entries[index] = replace(
-                    entry,
-                    at=min(entry.at, at),
-                    reason=entry.reason or reason,
-                    detail=entry.detail or detail,
-                    by=(*entry.by, by),
-                )
-                return
+        about = kind, service, instance
+        entry = self._entries.get(self._latest.get(about, 0))
+        same = entry is not None and (kind == "joined" or entry.reason == reason) and abs(entry.at - at) < TOGETHER
+        if entry is not None and same and by not in entry.by:
+            self._entries[entry.number] = replace(
+                entry,
+                at=min(entry.at, at),
+                reason=entry.reason or reason,
+                detail=entry.detail or detail,
+                by=(*entry.by, by),
+            )
+            return
         self._number += 1
-        self._entries.append(Entry(self._number, at, kind, service, instance, reason, detail, (by,)))
+        self._latest[about] = self._number
+        self._entries[self._number] = Entry(self._number, at, kind, service, instance, reason, detail, (by,))
+        if len(self._entries) > SIZE:
+            oldest = self._entries.pop(next(iter(self._entries)))
+            about = oldest.kind, oldest.service, oldest.instance
+            if self._latest[about] == oldest.number:
+                del self._latest[about]
