@@ -13,12 +13,12 @@ from registry import ServiceRegistry
 from registry.testing.agent import running_agent
 from registry.testing.ports import free_ports
 from tests.system import System, answers, running_system
-from tests.topology import Load, browser_or_skip, open_tab
+from tests.topology import Load, one_browser, open_tab
 
 DRAIN = 0.5
 
 
-browser = pytest.fixture(scope="module")(browser_or_skip)
+browser = pytest.fixture(scope="module")(one_browser)
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from playwright.sync_api import Browser
 from orchestrator.page import routes
 from orchestrator.page.compose import compose
 from tests.pictures import Album, instance, picture
-from tests.topology import browser_or_skip, open_tab
+from tests.topology import one_browser, open_tab
 
 PHONE = {"viewport": {"width": 360, "height": 740}}
 
 
-browser = pytest.fixture(scope="module")(browser_or_skip)
+browser = pytest.fixture(scope="module")(one_browser)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httpx
-import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -18,12 +17,8 @@ WAIT_MS = 60_000
 """What is waited for is told by events; only what has a promise of its own is timed."""
 
 
-def browser_or_skip() -> Iterator[Browser]:
-    """For a fixture: one browser for all tests; where there is none, they are skipped, and say what to install."""
-    try:
-        find_browser()
-    except AssertionError as missing:
-        pytest.skip(str(missing))
+def one_browser() -> Iterator[Browser]:
+    """For a fixture: one for all tests of a module."""
     with running_browser() as running:
         yield running
 
