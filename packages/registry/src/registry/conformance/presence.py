@@ -77,6 +77,7 @@ def instance_id(subject: Subject, replica: str | None) -> str:
         return f"{instance.id}; that a second one has another can be seen with --replica."
     if subject.signature(replica) == instance.id:
         raise Shortfall(f"The one at {replica} says that it is {instance.id}, too: {cure}")
+    until(lambda: subject.find(replica) is not None, subject.patience)  # It may have been started just now.
     other = subject.find(replica)
     if other is None:
         raise Shortfall(f"Only one of the two is in Consul, {instance.id}: if {replica} overwrote it or was, {cure}")
