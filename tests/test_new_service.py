@@ -109,9 +109,9 @@ def made(copy: Path) -> Iterator[Path]:
 
 
 def test_the_new_service_is_small(made: Path) -> None:
-    """Its program has at most thirty-two lines."""
+    """Its program has at most forty lines."""
     program = made / "services/billing/src/billing/main.py"
-    assert len(program.read_text().splitlines()) <= 32
+    assert len(program.read_text().splitlines()) <= 40
 
 
 def test_the_new_services_pass_every_check(made: Path, consul_binary: Path) -> None:
