@@ -82,7 +82,8 @@ def test_the_topology_page_is_on_a_port_of_its_own(system: System) -> None:
         page = browser.new_page()
         page.goto(f"{system.page}/")
         for replica in system.replicas():
-            expect(page.get_by_role("rowheader").filter(has_text=replica.instance)).to_have_count(1, timeout=15_000)
+            row = page.locator("#instances").get_by_role("rowheader").filter(has_text=replica.instance)
+            expect(row).to_have_count(1, timeout=15_000)
         expect(page.locator("#live")).to_have_text("Live, picture", timeout=15_000)
         browser.close()
     for address in system.edge.values():
