@@ -3,12 +3,11 @@
 Debian's package of Prometheus leaves out `consul_sd_configs`; of Jaeger it has none. Neither module holds its pages.
 """
 
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from deploy.compose.stack import HERE, StackError
+from registry.testing.binary import cached, pinned_version
 from registry.testing.golang import build_with_go_from_index, build_with_installed_go
 from registry.testing.progress import UnavailableError, alone, say
 
@@ -30,16 +29,14 @@ def find_collector(name: str) -> Path:
     """
     module, options = COLLECTORS[name]
     recipe = RECIPES / name
-    found = re.search(rf"^require {re.escape(module)} v(\S+)$", (recipe / "go.mod").read_text(), re.MULTILINE)
-    assert found, f"the recipe requires one version of {module}"
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(root, "registry-testing", f"{name}-{found[1]}", name)
+    version = pinned_version(recipe, module)
+    target = cached(version, name)
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with alone(target.with_suffix(".lock")):
                 if not target.exists():
-                    say(f"{name.capitalize()} {found[1]} is not in {target.parent}: getting it, once.\n")
+                    say(f"{name.capitalize()} {version} is not in {target.parent}: getting it, once.\n")
                     _build(recipe, target, options)
         except OSError as error:
             raise StackError(f"The cache, which XDG_CACHE_HOME can move, can't be used: {error}") from error

@@ -25,9 +25,9 @@ from registry import (
     View,
 )
 from registry.discovery import ledger
-from registry.families import FAMILIES, MOST_INSTANCES
+from registry.families import FAMILIES, MOST_INSTANCES, OTHER
 from registry.fastapi import RegistryMiddleware, health_router, lifespan
-from registry.metrics import MOST_SERIES, OTHER, Metrics, metrics_router
+from registry.metrics import MOST_SERIES, Metrics, metrics_router
 from registry.testing.ports import free_ports
 
 

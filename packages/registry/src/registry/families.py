@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["BUCKETS", "FAMILIES", "MOST_INSTANCES", "Family", "Histogram", "Series"]
+__all__ = ["BUCKETS", "FAMILIES", "METHODS", "MOST_INSTANCES", "OTHER", "Family", "Histogram", "Series"]
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 """Seconds. Source: https://opentelemetry.io/docs/specs/semconv/http/http-metrics/"""
+
+METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
+OTHER = "_OTHER"
+"""Stands for every other method. Source: the same page."""
 
 MOST_INSTANCES = 1_000
 """So many instances of a service are counted one by one; the others are only in the figures of their service."""

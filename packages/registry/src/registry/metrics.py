@@ -16,7 +16,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 
 from registry.discovery.explanation import Explanation
 from registry.extras import extra
-from registry.families import BUCKETS, FAMILIES, MOST_INSTANCES, Family, Histogram, Series
+from registry.families import BUCKETS, FAMILIES, METHODS, MOST_INSTANCES, OTHER, Family, Histogram, Series
 from registry.presence.health import find_state
 from registry.presence.registrar import Registrar
 from registry.telemetry import ObservedAttempt, ObservedCall, Observer
@@ -29,9 +29,6 @@ with extra("metrics"):
 
 __all__ = ["Metrics", "metrics_router"]
 
-METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE", "QUERY"})
-"""Source: https://opentelemetry.io/docs/specs/semconv/http/http-metrics/, as OTHER."""
-OTHER = "_OTHER"
 MOST_SERIES = 1_000
 """So many series a histogram has at most; whatever else comes is added to one of which each label is ``_OTHER``."""
 

@@ -5,17 +5,18 @@ Needs ``registry[metrics,tracing]``. ``registry.metrics.metrics_router`` begins 
 
 import asyncio
 import logging
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 from os import environ
 from typing import TypeAlias
 
 from registry import families
 from registry.extras import extra
 from registry.families import BUCKETS, Family, Series
+from registry.threads import in_daemon_thread
 
 with extra("tracing"):
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -66,17 +67,7 @@ async def pushing(read: Read, service: str) -> AsyncIterator[None]:
     interval = float(environ.get("OTEL_METRIC_EXPORT_INTERVAL") or 60_000) / 1e3
 
     async def push() -> None:
-        data = _data(read(), resource, began)
-        loop, done = asyncio.get_running_loop(), asyncio.Event()
-
-        def export() -> None:
-            exporter.export(data)
-            with suppress(RuntimeError):  # Too late: the loop is closed.
-                loop.call_soon_threadsafe(done.set)
-
-        # Not by a worker of the loop's: that one would be waited for, however long it takes.
-        threading.Thread(target=export, name="registry-metrics", daemon=True).start()
-        await done.wait()
+        await in_daemon_thread(partial(exporter.export, _data(read(), resource, began)), "registry-metrics")
 
     async def keep_pushing() -> None:
         while True:

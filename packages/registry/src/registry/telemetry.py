@@ -69,10 +69,28 @@ class _Answer(Protocol):
     status_code: int
 
 
-class ObservedCall:
+class _Observed:
+    """What ends: how, after how long, with which status or error; each is None until then."""
+
+    __slots__ = ("error", "outcome", "seconds", "status")
+
+    seconds: float | None
+    status: int | None
+    error: BaseException | None
+
+    def end(self, outcome: Any, seconds: float, result: _Answer | BaseException) -> None:
+        """It has ended so."""
+        self.outcome, self.seconds = outcome, seconds
+        if isinstance(result, BaseException):
+            self.error = result
+        else:
+            self.status = result.status_code
+
+
+class ObservedCall(_Observed):
     """One call, from its beginning on; a redirect within the service is a call of its own."""
 
-    __slots__ = ("_url", "attempts", "error", "method", "outcome", "seconds", "service", "started", "status")
+    __slots__ = ("_url", "attempts", "method", "service", "started")
 
     def __init__(self, service: str, method: str, url: str | Callable[[], str]) -> None:
         self.service = service
@@ -81,7 +99,6 @@ class ObservedCall:
         self.started = time.monotonic()
         self.attempts = 0
         self.outcome: CallOutcome | None = None
-        """None until it has ended; so are the next three."""
         self.status: int | None = None
         """Of the answer; None also if there was none."""
         self.error: BaseException | None = None
@@ -93,19 +110,11 @@ class ObservedCall:
         """Without query and credentials; made when it is asked for: that takes longer than all else here."""
         return self._url if isinstance(self._url, str) else self._url()
 
-    def end(self, outcome: CallOutcome, seconds: float, result: _Answer | BaseException) -> None:
-        """It has ended so."""
-        self.outcome, self.seconds = outcome, seconds
-        if isinstance(result, BaseException):
-            self.error = result
-        else:
-            self.status = result.status_code
 
-
-class ObservedAttempt:
+class ObservedAttempt(_Observed):
     """One attempt of a call; ``headers`` are sent in place of the caller's own of the same name."""
 
-    __slots__ = ("call", "error", "headers", "hedge", "instance", "number", "outcome", "reason", "seconds", "status")
+    __slots__ = ("call", "headers", "hedge", "instance", "number", "reason")
 
     def __init__(
         self,
@@ -127,18 +136,9 @@ class ObservedAttempt:
         self.hedge = hedge
         """Whether it was sent because the one before took long."""
         self.outcome: AttemptOutcome | None = None
-        """None until it has ended; so are the next three."""
         self.status: int | None = None
         self.error: BaseException | None = None
         self.seconds: float | None = None
-
-    def end(self, outcome: AttemptOutcome, seconds: float, result: _Answer | BaseException) -> None:
-        """It has ended so."""
-        self.outcome, self.seconds = outcome, seconds
-        if isinstance(result, BaseException):
-            self.error = result
-        else:
-            self.status = result.status_code
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ Source: https://opentelemetry.io/docs/specs/semconv/http/http-spans/#http-client
 import asyncio
 import logging
 import os
-import threading
-from contextlib import suppress
 from contextvars import Token
 from functools import cache
 from importlib.metadata import entry_points
@@ -16,9 +14,11 @@ from typing import Self, TypeAlias
 
 from registry.errors import InvalidInputError
 from registry.extras import extra
+from registry.families import METHODS, OTHER
 from registry.logs import POLLED, set_fields
 from registry.settings import ServiceSettings
 from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer, prepare_background
+from registry.threads import in_daemon_thread
 
 with extra("tracing"):
     from fastapi.telemetry import TelemetryConfig
@@ -41,7 +41,6 @@ _Attributes: TypeAlias = dict[str, str | int | bool]
 
 _FLUSH = 2.0
 """Seconds that a collector which does not answer may delay the end of a service."""
-_METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
 
 
 class TracingObserver(Observer):
@@ -91,9 +90,9 @@ class TracingObserver(Observer):
             self._attempts[attempt] = whole, contexts.attach(within)
             return
         method, instance = attempt.call.method, attempt.instance
-        known = method in _METHODS
+        known = method in METHODS
         attributes: _Attributes = {
-            "http.request.method": method if known else "_OTHER",
+            "http.request.method": method if known else OTHER,
             "server.address": attempt.call.service,
             "url.full": attempt.call.url,
             "network.peer.address": instance.address,
@@ -137,18 +136,9 @@ class TracingObserver(Observer):
         flush = getattr(self._provider, "force_flush", None)
         if flush is None:
             return
-        loop, flushed = asyncio.get_running_loop(), asyncio.Event()
-
-        def run() -> None:
-            flush()
-            with suppress(RuntimeError):  # Too late: the loop is closed.
-                loop.call_soon_threadsafe(flushed.set)
-
-        # Not by a worker of the loop's: that one would be waited for, and the SDK heeds no limit.
-        threading.Thread(target=run, name="registry-traces", daemon=True).start()
         try:
-            async with asyncio.timeout(_FLUSH):
-                await flushed.wait()
+            async with asyncio.timeout(_FLUSH):  # The SDK heeds no limit.
+                await in_daemon_thread(flush, "registry-traces")
         except TimeoutError:
             logger.warning("the collector of traces does not answer: the last ones are lost")
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from consul.callback import CB
 
 from registry.consul.connection import AsyncConsul, UnprovenEmptyError, consul_errors
-from registry.consul.watch import WAIT, TokenBucket
+from registry.consul.watch import WAIT, TokenBucket, next_index
 from registry.errors import RegistryUnavailableError
 
 __all__ = ["Names", "watch_names"]
@@ -33,9 +33,7 @@ async def watch_names(consul: AsyncConsul) -> AsyncIterator[Names]:
             except UnprovenEmptyError as unproven:
                 raw_index, names = unproven.index, {}
         yield _checked(names, consul)
-        # "Reset the index if it goes backwards" and "sanity check index is greater than zero".
-        # Source: https://developer.hashicorp.com/consul/api-docs/features/blocking
-        index = 0 if int(raw_index) < index else max(int(raw_index), 1)
+        index = next_index(index, int(raw_index))
 
 
 def _checked(names: Any, consul: AsyncConsul) -> Names:

@@ -24,7 +24,7 @@ from registry.errors import (
 from registry.model import LeftOut, Snapshot, View
 from registry.telemetry import Event, Observers
 
-__all__ = ["WAIT", "TokenBucket", "Watch"]
+__all__ = ["WAIT", "TokenBucket", "Watch", "next_index"]
 
 logger = logging.getLogger("registry")
 
@@ -37,6 +37,14 @@ It does so when an instance takes over an id, in two requests; each is a write t
 """
 MAX_NODES = 20
 """So many nodes are looked up when the last instances left; any others are taken for gone, too."""
+
+
+def next_index(asked: int, answered: int) -> int:
+    """What to ask with after that answer; 0: anew.
+
+    "Reset the index if it goes backwards" and "sanity check index is greater than zero": the same source.
+    """
+    return 0 if answered < asked else max(answered, 1)
 
 
 class Watch:
@@ -152,8 +160,7 @@ class Watch:
                 lost_nodes = await self._lost_nodes(listing)
         self._departures.update(listing, continuous=continuous, lost_nodes=lost_nodes)
         self._told = tell_left_out(listing, self._service, self._told)
-        # "Reset the index if it goes backwards" and "sanity check index is greater than zero": the same source.
-        self._index = 0 if index < self._index else max(index, 1)
+        self._index = next_index(self._index, index)
         self._last_index = index
         self.heard_at = time.monotonic()
         if self.error is not None:

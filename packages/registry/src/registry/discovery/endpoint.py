@@ -104,11 +104,8 @@ class Endpoint:
         self.refusals, self.ejected_until, self.failures = 0, 0.0, 0
         return back
 
-    def refused(self, seconds: float, now: float) -> bool:
-        """No connection came about, which took so long: it is ejected at once, for a short, doubling time.
-
-        Returns whether anything changed: it did.
-        """
+    def refused(self, seconds: float, now: float) -> None:
+        """No connection came about, which took so long: it is ejected at once, for a short, doubling time."""
         policy = self._policy
         first, most = policy.refused, policy.max_refused
         if seconds >= policy.slow_connect:
@@ -117,7 +114,6 @@ class Endpoint:
         self.refusals += 1
         # Whoever listens there next is another process.
         self.failures = self.ejections = 0
-        return True
 
     def failed(self, now: float) -> bool:
         """A bad answer, or none in time: the fifth in a row ejects it, each time for longer.

@@ -132,8 +132,11 @@ class Pool:
             self._open_for = self._policy.refused
             self._open_until = now + self._policy.refused
             self._tell("failing_fast", endpoint, reason=outcome, seconds=self._open_for)
-        before = endpoint.ejected_until
-        changed = endpoint.refused(seconds, now) if failure is Failure.NOT_SENT else endpoint.failed(now)
+        changed, before = True, endpoint.ejected_until
+        if failure is Failure.NOT_SENT:
+            endpoint.refused(seconds, now)
+        else:
+            changed = endpoint.failed(now)
         if endpoint.ejected_until:
             self._ejected(endpoint, outcome, now, anew=not before)
         elif before:
@@ -169,12 +172,7 @@ class Pool:
             self._tell("ejected", endpoint, reason=outcome, seconds=endpoint.ejected_until - now)
 
     def _tell(
-        self,
-        kind: EventKind,
-        endpoint: Endpoint | None = None,
-        *,
-        reason: str | None = None,
-        seconds: float | None = None,
+        self, kind: EventKind, endpoint: Endpoint | None = None, reason: str | None = None, seconds: float | None = None
     ) -> None:
         if self._observers.of_events:
             instance = endpoint.instance.id if endpoint else None

@@ -58,18 +58,17 @@ def _is_executable(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
 
 
-def pinned_version() -> str:
-    """The version that is downloaded or built where none is installed."""
-    recipe = (RECIPE / "go.mod").read_text()
-    found = re.search(r"^require github\.com/hashicorp/consul v(\S+)$", recipe, re.MULTILINE)
-    assert found, "the recipe's go.mod requires one version of Consul"
+def pinned_version(recipe: Path = RECIPE, module: str = "github.com/hashicorp/consul") -> str:
+    """The version of Consul, or another recipe's module, that is downloaded or built where none is installed."""
+    found = re.search(rf"^require {re.escape(module)} v(\S+)$", (recipe / "go.mod").read_text(), re.MULTILINE)
+    assert found, f"the recipe requires one version of {module}"
     return found[1]
 
 
-def cached(version: str) -> Path:
+def cached(version: str, name: str = "consul") -> Path:
     """Where the cache has the binary of this version, if it has it."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "registry-testing", f"consul-{version}", "consul")
+    return Path(root, "registry-testing", f"{name}-{version}", name)
 
 
 def _get(target: Path) -> None:

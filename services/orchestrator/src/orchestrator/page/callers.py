@@ -17,11 +17,10 @@ from pydantic import ValidationError
 
 from orchestrator.page.state import Event, Spot, State, Upstream
 from orchestrator.registry import Instance
+from registry.state import STATE_PATH
 
-__all__ = ["STATE_PATH", "Caller", "Callers", "Rates", "Told", "Usage"]
+__all__ = ["Caller", "Callers", "Rates", "Told", "Usage"]
 
-STATE_PATH = "/registry/state"
-PERIOD = 1.0
 TIMEOUT = 0.9
 MAX_BYTES = 2**23
 MAX_A_SECOND = 100
