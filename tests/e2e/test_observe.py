@@ -24,7 +24,8 @@ ORCHESTRATOR = "orchestrator-api"
 
 @pytest.fixture(scope="module")
 def observed(system: System, request: pytest.FixtureRequest) -> Iterator[Collectors]:
-    """Prometheus and Jaeger; shows progress despite capture."""
+    """Prometheus and Jaeger, over a system without what earlier scenes left; shows progress despite capture."""
+    system.settle()
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         context = collectors(system)
