@@ -282,6 +282,7 @@ def test_the_tables_are_postgres_tables_too() -> None:
 
     engine = create_mock_engine("postgresql+asyncpg://", keep)
     Base.metadata.create_all(engine, checkfirst=False)
-    cards, publications = sorted(statements)
+    cards, publications, index = sorted(statements)
     assert "id BIGSERIAL NOT NULL" in cards
     assert "key VARCHAR(200) NOT NULL" in publications
+    assert "ON publications (card_id)" in index
