@@ -14,8 +14,11 @@ from sqlalchemy.pool import Pool
 from sqlalchemy.schema import ExecutableDDLElement
 
 from backend.database import CONNECTIONS, Database, DatabaseUnavailableError, _complete
+from backend.main import create_app
 from backend.models import Base, Card
+from backend.password import read_password
 from backend.settings import Settings
+from registry import InvalidInputError
 
 Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
 
@@ -242,6 +245,35 @@ def test_the_password_is_read_from_the_environment(monkeypatch: pytest.MonkeyPat
     assert "p@ss" not in repr(settings)
 
 
+def test_the_password_is_read_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DATABASE_PASSWORD_FILE names it; the line's end is not part of it, blanks are, and nothing else shows it."""
+    file = tmp_path / "password"
+    file.write_text(" p@ss%\n")
+    monkeypatch.setenv("DATABASE_PASSWORD_FILE", str(file))
+    assert read_password(Settings()) == " p@ss%"
+    assert "p@ss" not in repr(Settings())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "can't be read \\(No such file"), (b"\n", "is empty"), (b"p\xffss", "is not a text in UTF-8")],
+)
+def test_a_password_file_of_no_use_is_refused(tmp_path: Path, content: bytes | None, words: str) -> None:
+    """At the start, with its name and what is wrong."""
+    file = tmp_path / "password"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InvalidInputError, match=words) as caught:
+        create_app(Settings(database_password_file=str(file)))
+    assert str(file) in str(caught.value)
+
+
+def test_two_passwords_are_refused(tmp_path: Path) -> None:
+    """Nobody has to guess which one counts."""
+    with pytest.raises(ValueError, match="are both set: unset one"):
+        read_password(Settings(database_password="one", database_password_file=str(tmp_path / "two")))
+
+
 def test_the_tables_are_postgres_tables_too() -> None:
     """Postgres gets 64-bit ids that count up, and no type of SQLite's."""
     statements: list[str] = []
@@ -251,6 +283,7 @@ def test_the_tables_are_postgres_tables_too() -> None:
 
     engine = create_mock_engine("postgresql+asyncpg://", keep)
     Base.metadata.create_all(engine, checkfirst=False)
-    cards, publications = sorted(statements)
+    cards, publications, index = sorted(statements)
     assert "id BIGSERIAL NOT NULL" in cards
     assert "key VARCHAR(200) NOT NULL" in publications
+    assert "ON publications (card_id)" in index

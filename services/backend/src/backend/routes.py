@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Query, Response
 
 from backend.clients import Enrichment, ResearchUnavailableError
-from backend.dependencies import CardsDependency, ResearchDependency
+from backend.dependencies import CardsDependency, OwnerDependency, ResearchDependency
 from backend.schemas import CardDraft, CardExcerpt, CardPatch, CardView, Page, PublishedCard, SearchText
 from registry.fastapi import problem_responses
 
@@ -50,13 +50,14 @@ async def publish(
     draft: CardDraft,
     cards: CardsDependency,
     research: ResearchDependency,
+    owner: OwnerDependency,
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> PublishedCard:
     """Publish a card, and get suggestions for it from research-api.
 
     The card is stored whether or not research-api answers; `enriched` says which it was.
-    The same `Idempotency-Key` again is answered as before and publishes nothing;
+    The same `Idempotency-Key` of the same caller is answered as before and publishes nothing;
     with a different body it is refused (422).
     """
 
@@ -67,7 +68,7 @@ async def publish(
             _log.warning("published without suggestions", extra={"error": str(error)})
             return None
 
-    card, replayed = await cards.publish(draft, idempotency_key, enrich)
+    card, replayed = await cards.publish(draft, idempotency_key, enrich, owner)
     response.headers["Location"] = f"/api/cards/{card.id}"
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
