@@ -115,6 +115,36 @@ async def test_tokens_rotate_under_load(locked_consul_agent: ConsulAgent, tmp_pa
         assert found(locked_consul_agent, name, passing=False) == []
 
 
+async def test_the_wrong_order_is_told_and_heals(
+    locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str
+) -> None:
+    """A token that is ended before the file has the new one: the watch says so at once, and is back with the file.
+
+    Consul would answer a question that is parked with the dead token only after its wait, and with an empty list.
+    """
+    acl, file = locked_consul_agent.acl, tmp_path / "token"
+    token = acl.token(OWN.format(service_name))
+    put(file, token)
+    settings = settings_of(locked_consul_agent, file=file)
+    resolver = ConsulResolver(settings, upstreams=[service_name])
+    with ServiceRegistry(settings=settings) as registry:
+        try:
+            registry.register_service(service_name, "10.0.0.1", 8000)
+            await resolver.start()
+            await asyncio.sleep(0.2)  # until it is parked; if it is not, the test tells less
+            await asyncio.to_thread(acl.delete, token)
+            await apart(lambda: resolver.view(service_name).error, 5)
+            put(file, acl.token(OWN.format(service_name)))
+            await apart(lambda: resolver.view(service_name).error is None, 5)
+            for number in (1, 2):
+                await asyncio.to_thread(registry.register_service, service_name, "10.0.0.2", number)
+                await apart(lambda number=number: resolver.view(service_name).registered == 1 + number, 5)  # type: ignore[misc]
+            for each in registry.discover_service(service_name, passing=False):
+                registry.deregister_service(each.id)
+        finally:
+            await resolver.aclose()
+
+
 async def test_another_token_is_written_only_where_the_instance_is(
     locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str
 ) -> None:
