@@ -1,0 +1,71 @@
+"""The keeper's jobs, in a container: `make` before Consul starts, `grant` once it leads, the others when asked for."""
+
+import argparse
+import sys
+
+from deploy.compose.keeper import backup, rotation
+from deploy.compose.keeper.access import grant
+from deploy.compose.keeper.api import Consul, ConsulError
+from deploy.compose.keeper.grants import CALLS
+from deploy.compose.keeper.vault import Vault
+
+_JOBS = ("make", "grant", "tokens", "gossip", "add-ca", "switch-ca", "drop-ca", "whole", "save", "restore-vault")
+_ARCHIVE = "restore-consul"
+
+
+def main() -> int:
+    """Does one job; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="keeper", description=__doc__)
+    parser.add_argument("job", choices=[*_JOBS, _ARCHIVE])
+    try:
+        run(parser.parse_args().job, Vault())
+    except ConsulError as error:
+        say(str(error))
+        return 1
+    return 0
+
+
+def run(job: str, vault: Vault) -> None:
+    """Does this job. Raises: ConsulError."""
+    if job == "make":
+        vault.make()
+        tell(vault.deliver(), "given out")
+        return
+    if job == "restore-vault":
+        backup.restore_vault(sys.stdin.buffer.read(), vault)
+        return
+    if job.endswith("-ca"):
+        change = {"add": rotation.add_authority, "switch": rotation.switch_authority, "drop": rotation.drop_authority}
+        change[job.removesuffix("-ca")](vault)
+        return
+    consul = Consul(vault)
+    consul.wait_until_led()
+    match job:
+        case "grant":
+            tell(grant(consul, vault), "written")
+        case "tokens":
+            for name in CALLS:
+                say(f"{name}: a new token is in use, {rotation.rotate_token(consul, vault, name)} deleted")
+        case "gossip":
+            rotation.rotate_gossip(consul, vault)
+        case "whole":
+            consul.wait_until_whole()
+        case "save":
+            backup.save(consul, vault, sys.stdout.buffer)
+        case "restore-consul":
+            backup.restore_consul(consul, sys.stdin.buffer.read())
+
+
+def tell(changed: list[str], verb: str) -> None:
+    """Names, never contents."""
+    say(f"{verb}: {', '.join(changed)}" if changed else "nothing to do: all of it is there")
+
+
+def say(line: str) -> None:
+    """One line of the log."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
