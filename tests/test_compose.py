@@ -2,13 +2,14 @@
 
 import json
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from deploy.compose import images, stack
+from deploy.compose import images, stack, up
 from deploy.compose.collectors import COLLECTORS, RECIPES
 from registry import ServiceSettings
 from tools.services import SERVICES as TABLE
@@ -53,7 +54,7 @@ def test_the_overlay_adds_collectors_and_sends_traces() -> None:
     assert OBSERVE["x-base"] == {key: value for key, value in DEFINITION["x-base"].items() if key in OBSERVE["x-base"]}
     assert DEFINITION["x-base"].keys() - OBSERVE["x-base"].keys() == {"user", "environment", "healthcheck"}
     for name in COLLECTORS:
-        assert services[name]["mem_limit"] == "256m"
+        assert services[name]["environment"] == {"GOMEMLIMIT": "200MiB"}, "below what ends it"
 
 
 def test_the_collectors_listen_where_they_are_asked() -> None:
@@ -119,6 +120,63 @@ def test_a_container_has_no_more_rights_than_it_needs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_has_limits(name: str) -> None:
+    """Every container has a bound on memory (swap included), processes and CPU: one that runs wild harms no other."""
+    service = CONTAINERS[name]
+    assert service["mem_limit"] == service["memswap_limit"] == ("512m" if name == "postgres" else "256m")
+    assert service["pids_limit"] == 256
+    assert service["cpus"] == 1.0, "an engine refuses more than its machine has"
+
+
+def test_only_the_backend_reaches_postgres() -> None:
+    """Postgres is in a network that leads nowhere else, and of the others backend-api alone is in it."""
+    networks = {name: set(service.get("networks", ["default"])) for name, service in CONTAINERS.items()}
+    assert networks.pop("postgres") == {"database"}
+    assert networks.pop("backend") == {"default", "database"}
+    assert set(map(frozenset, networks.values())) == {frozenset({"default"})}
+    assert DEFINITION["networks"]["database"]["internal"] is True
+
+
+def test_the_networks_do_not_overlap() -> None:
+    """Both are parts of NETWORK_PREFIX, and nobody in the first is given an address outside its upper half."""
+    pools = {name: network["ipam"]["config"][0] for name, network in DEFINITION["networks"].items()}
+    prefix = "${NETWORK_PREFIX:-10.213.85}"
+    services, given, database = (
+        ip_network(text.replace(prefix, "10.213.85"))
+        for text in (pools["default"]["subnet"], pools["default"]["ip_range"], pools["database"]["subnet"])
+    )
+    assert not services.overlaps(database)
+    assert services.supernet(new_prefix=24) == database.supernet(new_prefix=24)
+    assert given == list(services.subnets())[1]
+
+
+def test_the_password_is_in_a_file() -> None:
+    """Who needs it gets it as a file, and nobody as a variable: `docker inspect` shows no password."""
+    [secret] = DEFINITION["secrets"]
+    assert {name for name, service in CONTAINERS.items() if "secrets" in service} == {"backend", "postgres"}
+    path = f"/run/secrets/{secret}"
+    assert SERVICES["postgres"]["environment"]["POSTGRES_PASSWORD_FILE"] == path
+    assert SERVICES["backend"]["environment"]["DATABASE_PASSWORD_FILE"] == path
+    for name, service in CONTAINERS.items():
+        variables = service.get("environment", {})
+        assert not [key for key in variables if "PASSWORD" in key and not key.endswith("_FILE")], name
+    default = re.fullmatch(r"\$\{POSTGRES_PASSWORD_FILE:-(.*)\}", DEFINITION["secrets"][secret]["file"])
+    assert default
+    assert (COMPOSE / default[1]).stat().st_mode & 0o444 == 0o444, "two users read it"
+
+
+def test_a_password_that_nobody_reads_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever sets the variable of releases before is told, and does not get the default password instead."""
+    monkeypatch.setenv("POSTGRES_PASSWORD", "strong")
+    assert up.main([]) == 1
+    said = capsys.readouterr().err
+    assert "POSTGRES_PASSWORD_FILE" in said
+    assert "strong" not in said
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
 def test_a_container_ends_and_comes_back_in_good_order(name: str) -> None:
     """Every container has an init, a restart policy, bounded logs, a health check, and time to drain."""
     service = CONTAINERS[name]
@@ -140,7 +198,7 @@ def test_a_container_can_scale(name: str) -> None:
     assert "container_name" not in service
     if name not in {"consul", "edge", *COLLECTORS}:
         assert "ports" not in service
-        assert "networks" not in service
+        assert not isinstance(service.get("networks"), dict), "an address of its own"
     for port in service.get("ports", []):
         assert port.startswith(("127.0.0.1:", "${EDGE_ADDRESS:-127.0.0.1}:"))
 
@@ -180,7 +238,7 @@ def test_the_root_finds_the_compose_file() -> None:
 
 def test_old_compose_accepts_the_keys() -> None:
     """Nothing that docker-compose 1.29 refuses or the legacy builder can't do has crept in."""
-    assert {*DEFINITION, *OBSERVE} <= {"x-base", "x-traced", "services", "volumes", "networks"}
+    assert {*DEFINITION, *OBSERVE} <= {"x-base", "x-traced", "services", "volumes", "networks", "secrets"}
     assert not {"develop", "annotations"} & {key for service in CONTAINERS.values() for key in service}
     assert not [name for name, service in CONTAINERS.items() if "start_interval" in service["healthcheck"]]
     lines = (COMPOSE / "Dockerfile").read_text().splitlines()
@@ -262,7 +320,7 @@ def test_consul_keeps_its_data_and_its_address() -> None:
     assert settings["dns_config"]["enable_truncate"] is True
     assert consul["networks"]["default"]["ipv4_address"] == SERVICES["edge"]["environment"]["CONSUL_ADDRESS"]
     [pool] = DEFINITION["networks"]["default"]["ipam"]["config"]
-    assert pool["ip_range"].endswith(".128/25"), "nobody else is given an address that ends with .10"
+    assert pool["ip_range"].endswith(".64/26"), "nobody else is given an address that ends with .10"
 
 
 def test_images_hold_no_secret() -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "StackError",
     "can_have_official_images",
     "check_engine",
+    "check_password",
     "compose_command",
     "has_images",
     "image_label",
@@ -39,6 +40,10 @@ Start Docker; on a Debian machine without one, as root: tools/docker.sh start"""
 _NO_COMPOSE = """\
 Docker Compose was not found. Install it (the plugin `docker compose`, version 2, is best; `docker-compose` 1.29 works),
 or set DOCKER_COMPOSE to the command that runs it."""
+_SHOWN = """\
+POSTGRES_PASSWORD is set, and no container would get it: what stands in a variable, the engine shows to whoever asks.
+Write it into a file that users 999 and 10001 can read, in a folder of yours alone, and set POSTGRES_PASSWORD_FILE to
+its absolute path instead."""
 
 
 class StackError(Exception):
@@ -60,7 +65,7 @@ class Container:
     health: str
     """``starting``, ``healthy``, ``unhealthy``; empty: not checked."""
     address: str
-    """In the stack's own network; empty while it does not run."""
+    """In the services' network, that of Postgres in its own; empty while it does not run."""
 
     @property
     def short_name(self) -> str:
@@ -112,7 +117,9 @@ class Stack:
 
 def _container(found: dict[str, Any]) -> Container:
     labels = found["Config"]["Labels"]
-    networks = found["NetworkSettings"]["Networks"].values()
+    networks = found["NetworkSettings"]["Networks"]
+    # The services' own, in which they are registered, comes first.
+    names = sorted(networks, key=lambda name: not name.endswith("_default"))
     return Container(
         id=found["Id"],
         name=found["Name"].lstrip("/"),
@@ -120,7 +127,7 @@ def _container(found: dict[str, Any]) -> Container:
         number=labels["com.docker.compose.container-number"],
         state=found["State"]["Status"],
         health=found["State"].get("Health", {}).get("Status", ""),
-        address=next((network["IPAddress"] for network in networks if network["IPAddress"]), ""),
+        address=next((networks[name]["IPAddress"] for name in names if networks[name]["IPAddress"]), ""),
     )
 
 
@@ -155,6 +162,12 @@ def check_engine() -> None:
         raise StackError(_NO_ENGINE.format(reason="there is no command `docker`.")) from None
     except StackError as error:
         raise StackError(_NO_ENGINE.format(reason=str(error))) from None
+
+
+def check_password() -> None:
+    """Raises: StackError, when a password of Postgres is set where nothing reads it: the default would be taken."""
+    if os.environ.get("POSTGRES_PASSWORD"):
+        raise StackError(_SHOWN)
 
 
 def read_env(path: Path) -> dict[str, str]:

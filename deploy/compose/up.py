@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from deploy.compose.images import choose_images
-from deploy.compose.stack import Stack, StackError, check_engine, observed
+from deploy.compose.stack import Stack, StackError, check_engine, check_password, observed
 from deploy.compose.view import Row, rows, table
 from registry import ServiceRegistry
 from registry.testing.agent import ConsulNotFoundError
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
+        check_password()
         check_engine()
         images = choose_images(console.print, observe=options.observe)
         stack = Stack(images | observed() if options.observe else images)

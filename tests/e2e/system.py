@@ -23,6 +23,8 @@ from registry.testing.ports import free_ports
 from tools.services import ROOT, SERVICES, Service
 
 PROJECT = "registry-e2e"
+NETWORK = f"{PROJECT}_default"
+"""The services', in which they are registered."""
 PASSWORD = "p@ss/50%:#"
 """Of the database: what would have to be escaped in a URL."""
 BACKENDS = 3
@@ -78,10 +80,10 @@ class Replica:
 
     @property
     def address(self) -> str:
-        """In the stack's network; empty while it is in none."""
+        """In the services' network; empty while it is not in it."""
         self.container.reload()
         networks = self.container.attrs["NetworkSettings"]["Networks"]
-        return next((str(network["IPAddress"]) for network in networks.values() if network["IPAddress"]), "")
+        return str(networks.get(NETWORK, {}).get("IPAddress", ""))
 
     @property
     def instance(self) -> str:
@@ -118,6 +120,9 @@ class System:
         self.journals = folder / "journals"
         self.journals.mkdir(parents=True)
         self.journals.chmod(0o777)  # written by the containers' own user
+        password = folder / "password"
+        password.write_text(PASSWORD)
+        password.chmod(0o444)
         self.engine = docker.from_env()
         self.dns_port, ui_port, topology_port, *ports = free_ports(3 + len(SERVICES))
         published = {f"{service.folder.upper()}_PORT": port for service, port in zip(SERVICES, ports, strict=True)}
@@ -131,7 +136,7 @@ class System:
                 "TOPOLOGY_PORT": str(topology_port),
                 "E2E_DNS_PORT": str(self.dns_port),
                 "E2E_JOURNALS": str(self.journals),
-                "POSTGRES_PASSWORD": PASSWORD,
+                "POSTGRES_PASSWORD_FILE": str(password.resolve()),
                 **{name: str(port) for name, port in published.items()},
                 **images,
             }
@@ -180,8 +185,8 @@ class System:
         return sorted(found, key=lambda container: str(container.name))
 
     def free_address(self) -> str:
-        """An address of the stack's network that nobody is given by himself: the last but one."""
-        return f"{self.stack.variables['NETWORK_PREFIX']}.254"
+        """An address of the services' network that nobody is given by himself: the last but one."""
+        return f"{self.stack.variables['NETWORK_PREFIX']}.126"
 
     def scale(self, backends: int) -> None:
         """So many replicas from now on; returns when Compose is done, not when they answer."""

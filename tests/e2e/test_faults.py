@@ -4,7 +4,7 @@ import pytest
 
 from tests.e2e.caller import ATTEMPT_SECONDS
 from tests.e2e.report import Row
-from tests.e2e.system import PROJECT, Replica, System, wait_until
+from tests.e2e.system import NETWORK, Replica, System, wait_until
 from tests.e2e.traffic import BY_NAME, EDGE, Column, Traffic, check_once, now, traffic
 
 BEFORE = 250
@@ -115,7 +115,7 @@ def test_disconnect(system: System, scene: Row) -> None:
     """One of three loses the network, and gets it back under another address."""
     hit = victim(system)
     before = hit.instance
-    network = system.engine.networks.get(f"{PROJECT}_default")
+    network = system.engine.networks.get(NETWORK)
     with traffic(system) as load:
         scene.traffic = load
         load.go_on(BEFORE)

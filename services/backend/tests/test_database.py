@@ -14,8 +14,10 @@ from sqlalchemy.pool import Pool
 from sqlalchemy.schema import ExecutableDDLElement
 
 from backend.database import CONNECTIONS, Database, DatabaseUnavailableError, _complete
+from backend.main import create_app
 from backend.models import Base, Card
 from backend.settings import Settings
+from registry import InvalidInputError
 
 Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
 
@@ -240,6 +242,35 @@ def test_the_password_is_read_from_the_environment(monkeypatch: pytest.MonkeyPat
     settings = Settings()
     assert settings.database_password == "p@ss%"
     assert "p@ss" not in repr(settings)
+
+
+def test_the_password_is_read_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DATABASE_PASSWORD_FILE names it; the line's end is not part of it, blanks are, and nothing else shows it."""
+    file = tmp_path / "password"
+    file.write_text(" p@ss%\n")
+    monkeypatch.setenv("DATABASE_PASSWORD_FILE", str(file))
+    assert Settings().read_database_password() == " p@ss%"
+    assert "p@ss" not in repr(Settings())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "can't be read \\(No such file"), (b"\n", "is empty"), (b"p\xffss", "is not a text in UTF-8")],
+)
+def test_a_password_file_of_no_use_is_refused(tmp_path: Path, content: bytes | None, words: str) -> None:
+    """At the start, with its name and what is wrong."""
+    file = tmp_path / "password"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InvalidInputError, match=words) as caught:
+        create_app(Settings(DATABASE_PASSWORD_FILE=file))
+    assert str(file) in str(caught.value)
+
+
+def test_two_passwords_are_refused(tmp_path: Path) -> None:
+    """Nobody has to guess which one counts."""
+    with pytest.raises(ValueError, match="are both set: unset one"):
+        Settings(DATABASE_PASSWORD="one", DATABASE_PASSWORD_FILE=tmp_path / "two")
 
 
 def test_the_tables_are_postgres_tables_too() -> None:

@@ -16,7 +16,7 @@ from registry.tracing import server_telemetry, set_up_tracing
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
     setup_logging(settings)
-    database = Database(settings.database_url, settings.database_timeout, password=settings.database_password)
+    database = Database(settings.database_url, settings.database_timeout, password=settings.read_database_password())
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB
