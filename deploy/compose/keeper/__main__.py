@@ -9,14 +9,13 @@ from deploy.compose.keeper.api import Consul, ConsulError
 from deploy.compose.keeper.grants import CALLS
 from deploy.compose.keeper.vault import Vault
 
-_JOBS = ("make", "grant", "tokens", "gossip", "add-ca", "switch-ca", "drop-ca", "whole", "save", "restore-vault")
-_ARCHIVE = "restore-consul"
+_JOBS = ("make", "grant", "tokens", "gossip", "ca", "whole", "save", "restore-vault", "restore-consul")
 
 
 def main() -> int:
     """Does one job; returns the exit code."""
     parser = argparse.ArgumentParser(prog="keeper", description=__doc__)
-    parser.add_argument("job", choices=[*_JOBS, _ARCHIVE])
+    parser.add_argument("job", choices=_JOBS)
     try:
         run(parser.parse_args().job, Vault())
     except ConsulError as error:
@@ -34,10 +33,6 @@ def run(job: str, vault: Vault) -> None:
     if job == "restore-vault":
         backup.restore_vault(sys.stdin.buffer.read(), vault)
         return
-    if job.endswith("-ca"):
-        change = {"add": rotation.add_authority, "switch": rotation.switch_authority, "drop": rotation.drop_authority}
-        change[job.removesuffix("-ca")](vault)
-        return
     consul = Consul(vault)
     consul.wait_until_led()
     match job:
@@ -48,6 +43,8 @@ def run(job: str, vault: Vault) -> None:
                 say(f"{name}: a new token is in use, {rotation.rotate_token(consul, vault, name)} deleted")
         case "gossip":
             rotation.rotate_gossip(consul, vault)
+        case "ca":
+            rotation.rotate_authority(vault)
         case "whole":
             consul.wait_until_whole()
         case "save":

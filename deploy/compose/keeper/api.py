@@ -4,7 +4,7 @@ import http.client
 import json
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from deploy.compose.keeper.grants import SERVERS
@@ -13,6 +13,8 @@ from deploy.compose.keeper.vault import MANAGEMENT, Vault
 __all__ = ["Consul", "ConsulError"]
 
 _PORT = 8500
+_AGENT = "consul"
+"""The agent's name in the network."""
 _SECONDS = 60.0
 """How long a job waits for a condition."""
 _PAUSE = 0.2
@@ -49,15 +51,23 @@ class Consul:
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """The answer's body, of the first server that can be reached."""
+        return self._ask(SERVERS, method, path, body)
+
+    def reload(self) -> None:
+        """Every agent reads its files anew; returns when all have."""
+        for host in (*SERVERS, _AGENT):
+            self._ask([host], "PUT", "/v1/agent/reload")
+
+    def _ask(self, hosts: Sequence[str], method: str, path: str, body: bytes | None = None) -> bytes:
         silent = ""
-        for server in SERVERS:
-            connection = http.client.HTTPSConnection(server, _PORT, timeout=20, context=self._trust)
+        for host in hosts:
+            connection = http.client.HTTPSConnection(host, _PORT, timeout=20, context=self._trust)
             try:
                 connection.request(method, path, body, {"X-Consul-Token": self._token})
                 answer = connection.getresponse()
                 content = answer.read()
             except (OSError, http.client.HTTPException) as error:
-                silent = f"{server}: {error}"
+                silent = f"{host}: {error}"
                 continue
             finally:
                 connection.close()
@@ -65,7 +75,7 @@ class Consul:
                 said = content.decode(errors="replace")[:300]
                 raise ConsulError(f"{method} {path.partition('?')[0]}: {answer.status} {said}", answer.status)
             return content
-        raise ConsulError(f"{method} {path}: no server of Consul answers ({silent})")
+        raise ConsulError(f"{method} {path}: no agent of Consul answers ({silent})")
 
     def wait_until(self, condition: Callable[[], object], what: str) -> None:
         """Returns when it holds. A server that can't say is asked again."""

@@ -41,6 +41,9 @@ def restore_consul(consul: Consul, archive: bytes) -> None:
         return True
 
     consul.wait_until(restored, "Consul takes the snapshot")
+    # It names the nodes of that time, whose names new ones can't have: agents write the catalog again.
+    for node in consul.get("/v1/catalog/nodes"):
+        consul.put("/v1/catalog/deregister", {"Node": node["Node"]})
 
 
 def _contents(archive: bytes) -> dict[str, bytes]:

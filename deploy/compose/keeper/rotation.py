@@ -8,7 +8,7 @@ from deploy.compose.keeper.api import Consul
 from deploy.compose.keeper.grants import AGENT, SERVERS, identities
 from deploy.compose.keeper.vault import Token, Vault, new_gossip_key
 
-__all__ = ["add_authority", "drop_authority", "rotate_gossip", "rotate_token", "switch_authority"]
+__all__ = ["rotate_authority", "rotate_gossip", "rotate_token"]
 
 REGISTRATIONS = Path("/agent")
 """The data of the agent, which keeps each registration together with the token that wrote it."""
@@ -62,28 +62,29 @@ def rotate_gossip(consul: Consul, vault: Vault) -> None:
         consul.ask("DELETE", "/v1/operator/keyring", json.dumps({"Key": key}).encode())
 
 
-def add_authority(vault: Vault) -> None:
-    """Everybody trusts a second authority, which signs nothing yet."""
+def rotate_authority(vault: Vault) -> None:
+    """Another authority signs for every agent: first all trust both, then it signs, then the old one is dropped.
+
+    Services read the file of authorities again when it has changed. Begun again after an interruption, it finishes what
+    it had begun. Blocks. Raises: ConsulError.
+    """
     if not (vault.folder / "next.pem").exists():
         vault.make_authority("next")
-    vault.write("trusted.pem", (vault.folder / "ca.pem").read_bytes() + (vault.folder / "next.pem").read_bytes())
-    vault.deliver()
-
-
-def switch_authority(vault: Vault) -> None:
-    """The second authority signs from now on: every agent gets a certificate of it."""
+    new = (vault.folder / "next.pem").read_bytes()
+    # What was trusted stays so: after an interruption, either may have signed what an agent shows.
+    _trust(vault, vault.trusted.read_bytes().replace(new, b"") + new)
     for kind in ("-key.pem", ".pem"):
         vault.write(f"ca{kind}", (vault.folder / f"next{kind}").read_bytes())
     for node in (*SERVERS, AGENT):
         vault.make_certificate(node)
     vault.deliver()
-
-
-def drop_authority(vault: Vault) -> None:
-    """Nobody trusts the first authority any more."""
-    vault.write("trusted.pem", (vault.folder / "ca.pem").read_bytes())
+    Consul(vault).reload()
+    _trust(vault, new)
     for kind in ("-key.pem", ".pem"):
-        (vault.folder / f"next{kind}").unlink(missing_ok=True)
+        (vault.folder / f"next{kind}").unlink()
+
+
+def _trust(vault: Vault, authorities: bytes) -> None:
+    vault.write("trusted.pem", authorities)
     vault.deliver()
-
-
+    Consul(vault).reload()
