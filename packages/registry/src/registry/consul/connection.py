@@ -17,7 +17,7 @@ from consul.exceptions import (
     NotFound,
 )
 
-from registry.consul.tls import tls_advice, tls_context
+from registry.consul.tls import Trust, tls_advice
 from registry.errors import RegistryError, RegistryUnavailableError
 from registry.settings import ConsulSettings
 
@@ -71,6 +71,7 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
         super().__init__(settings.host, settings.port, settings.scheme)
         self.base_uri = settings.url if settings.socket is None else f"{settings.scheme}://localhost"
         self.settings = settings
+        self.trust = Trust(settings) if settings.scheme == "https" else None
 
     def options(self) -> dict[str, Any]:
         auth = self.settings.auth.get_secret_value().partition(":") if self.settings.auth else None
@@ -86,11 +87,13 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
 
     def transport_options(self) -> dict[str, Any]:
         return {
-            "verify": tls_context(self.settings) if self.settings.scheme == "https" else False,
+            "verify": self.trust.context if self.trust else False,
             "uds": None if self.settings.socket is None else str(self.settings.socket),
         }
 
     def request(self, method: str, path: str, params: Params, data: str | bytes = "") -> dict[str, Any]:
+        if self.trust:
+            self.trust.refresh()
         query = list(params or ())
         if self.settings.consistency != "default" and path.startswith("/v1/health/"):
             query.append((self.settings.consistency, "1"))
