@@ -80,21 +80,21 @@ class Stack:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._command = compose_command()
+        self.command = compose_command()
 
     def compose(self, *arguments: str) -> None:
         """Runs Compose, its output shown as it comes. Raises: StackError."""
-        done = subprocess.run([*self._command, *arguments], cwd=ROOT, env=self.environment(), check=False)
+        done = subprocess.run([*self.command, *arguments], cwd=ROOT, env=self.environment(), check=False)
         if done.returncode != 0:
-            raise StackError(f"`{shlex.join([*self._command, *arguments])}` failed, see above.")
+            raise StackError(f"`{shlex.join([*self.command, *arguments])}` failed, see above.")
 
     def ask(self, *arguments: str) -> str:
         """What Compose answers on standard output. Raises: StackError."""
-        return _ask([*self._command, *arguments], self.environment())
+        return _ask([*self.command, *arguments], self.environment())
 
     def job(self, name: str, *, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None) -> None:
         """Runs a job of the keeper, for the locked deployment; what it says is shown. Raises: StackError."""
-        command = [*self._command, "run", "--rm", "--no-deps", "-T", "keeper", name]
+        command = [*self.command, "run", "--rm", "--no-deps", "-T", "keeper", name]
         source: Any = subprocess.DEVNULL if stdin is None else stdin
         done = subprocess.run(command, cwd=ROOT, env=self.environment(), stdin=source, stdout=stdout, check=False)
         if done.returncode != 0:
