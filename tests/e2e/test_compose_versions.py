@@ -54,7 +54,10 @@ def read(document: str) -> dict[str, Any]:
     return {
         "services": {name: service(each) for name, each in found["services"].items()},
         "volumes": sorted(found["volumes"]),
-        "networks": found["networks"]["default"]["ipam"]["config"],
+        "networks": {
+            name: (each["ipam"]["config"], each.get("internal", False)) for name, each in found["networks"].items()
+        },
+        "secrets": {name: each["file"] for name, each in found["secrets"].items()},
     }
 
 
@@ -64,14 +67,16 @@ def service(definition: dict[str, Any]) -> dict[str, Any]:
     build = known.pop("build", None)
     arguments = {name: value for name, value in build["args"].items() if value} if build else None
     known.pop("command", None)
-    networks = (known.pop("networks", None) or {}).get("default") or {}
+    networks = known.pop("networks", None) or {"default": None}
     return known | {
         "build": (build["dockerfile"], arguments) if build else None,
         "depends_on": {name: each["condition"] for name, each in known.pop("depends_on", {}).items()},
         "ports": sorted(map(port, known.pop("ports", []))),
         "volumes": sorted(map(volume, known.pop("volumes", []))),
-        "networks": networks,
+        "networks": {name: each or {} for name, each in networks.items()},
+        "secrets": [each["source"] for each in known.pop("secrets", [])],
         "mem_limit": memory(known.pop("mem_limit", "")),
+        "memswap_limit": memory(known.pop("memswap_limit", "")),
     }
 
 

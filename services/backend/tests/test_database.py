@@ -263,14 +263,14 @@ def test_a_password_file_of_no_use_is_refused(tmp_path: Path, content: bytes | N
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InvalidInputError, match=words) as caught:
-        create_app(Settings(DATABASE_PASSWORD_FILE=file))
+        create_app(Settings(database_password_file=file))
     assert str(file) in str(caught.value)
 
 
 def test_two_passwords_are_refused(tmp_path: Path) -> None:
     """Nobody has to guess which one counts."""
     with pytest.raises(ValueError, match="are both set: unset one"):
-        Settings(DATABASE_PASSWORD="one", DATABASE_PASSWORD_FILE=tmp_path / "two")
+        Settings(database_password="one", database_password_file=tmp_path / "two")
 
 
 def test_the_tables_are_postgres_tables_too() -> None:
@@ -282,6 +282,7 @@ def test_the_tables_are_postgres_tables_too() -> None:
 
     engine = create_mock_engine("postgresql+asyncpg://", keep)
     Base.metadata.create_all(engine, checkfirst=False)
-    cards, publications = sorted(statements)
+    cards, publications, index = sorted(statements)
     assert "id BIGSERIAL NOT NULL" in cards
     assert "key VARCHAR(200) NOT NULL" in publications
+    assert "ON publications (card_id)" in index

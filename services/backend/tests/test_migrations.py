@@ -154,6 +154,28 @@ async def test_both_releases_write_side_by_side(url: str, before: AsyncEngine) -
     await database.aclose()
 
 
+async def test_a_key_of_the_release_before_goes_with_its_card(url: str, before: AsyncEngine) -> None:
+    """It is told its card, from its answer; one whose card an instance of that release has deleted goes when that is
+    next done, and one whose card this release deletes goes at once."""
+    database = Database(url)
+    await database.prepare()
+    cards = Cards(database)
+    publication = PUBLICATION.replace("publications VALUES", "publications (key, fingerprint, answer) VALUES")
+    async with before.begin() as connection:
+        for card in (2, 3):
+            stored = publication.replace("old key", f"key {card}").replace(r'"id"\: 1,', rf'"id"\: {card},')
+            await connection.execute(text(stored))
+        await connection.execute(text("DELETE FROM cards WHERE id = 2"))
+    await cards.forget_keys(3600)
+    async with before.connect() as connection:
+        links = await connection.execute(text("SELECT key, card_id FROM publications ORDER BY card_id"))
+        assert [tuple(link) for link in links] == [("old key", 1), ("key 3", 3)]
+    await cards.delete(3)
+    async with before.connect() as connection:
+        assert list(await connection.scalars(text("SELECT key FROM publications"))) == ["old key"]
+    await database.aclose()
+
+
 async def test_a_key_of_the_release_before_counts_from_when_it_is_met(url: str, before: AsyncEngine) -> None:
     """Nobody knows its age, so it is kept for a whole time more, and then it goes."""
     database = Database(url)

@@ -15,6 +15,7 @@ from backend import cards
 from backend.cards import Cards
 from backend.database import Database
 from backend.lifespan import keep
+from backend.models import stored_key
 
 Replica: TypeAlias = Callable[..., Awaitable[httpx.AsyncClient]]
 CARD = {"title": "Consul", "content": "finds services", "tags": ["known"]}
@@ -127,13 +128,53 @@ async def test_without_a_key_every_request_is_a_card(backend: httpx.AsyncClient)
     assert await card_count(backend) == 4
 
 
-async def test_a_key_outlives_its_card(backend: httpx.AsyncClient) -> None:
-    """A late repetition does not bring a deleted card back."""
-    headers = {"Idempotency-Key": "key"}
-    card = (await backend.post("/api/publish", json=CARD, headers=headers)).json()
-    await backend.delete(f"/api/cards/{card['id']}")
-    again = await backend.post("/api/publish", json=CARD, headers=headers)
-    assert (again.status_code, again.json()) == (201, card)
+async def test_a_key_goes_with_its_card(backend: httpx.AsyncClient, database_file: Path) -> None:
+    """Nothing of a deleted card is kept, so the key then publishes another; other cards keep theirs."""
+    for key in ("key", "other"):
+        answer = await backend.post("/api/publish", json=CARD, headers={"Idempotency-Key": key})
+    with closing(sqlite3.connect(database_file)) as connection:
+        [other] = connection.execute("SELECT card_id FROM publications WHERE key = 'other'").fetchone()
+        assert other == answer.json()["id"]
+        await backend.delete(f"/api/cards/{other - 1}")
+        assert connection.execute("SELECT key FROM publications").fetchall() == [("other",)]
+    again = await backend.post("/api/publish", json=CARD | {"title": "New"}, headers={"Idempotency-Key": "key"})
+    assert (again.status_code, again.json()["id"], again.json()["title"]) == (201, other + 1, "New")
+    assert "Idempotent-Replayed" not in again.headers
+
+
+async def test_a_key_is_its_caller_s(backend: httpx.AsyncClient) -> None:
+    """Callers with one key, the same body or another, publish a card each, and none learns of the others'; nor does one
+    who sends what the database stores a caller's key under."""
+    requests = [({}, CARD), ({"X-Caller": "alice"}, CARD), ({"X-Caller": "bob"}, CARD | {"title": "Other"})]
+    rounds = [
+        [
+            await backend.post("/api/publish", json=body, headers={"Idempotency-Key": "key"} | caller)
+            for caller, body in requests
+        ]
+        for _ in range(2)
+    ]
+    first, again = rounds
+    assert {answer.status_code for answer in first + again} == {201}
+    assert len({answer.json()["id"] for answer in first}) == 3
+    assert [answer.json() for answer in again] == [answer.json() for answer in first]
+    guessed = {"Idempotency-Key": stored_key("alice", "key")}
+    assert (await backend.post("/api/publish", json=CARD, headers=guessed)).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(("a", "b c"), ("a b", "c")), ((None, "a b"), ("a", "b")), (("a", "b"), ("A", "b"))]
+)
+def test_no_two_callers_have_one_stored_key(one: tuple[str | None, str], other: tuple[str | None, str]) -> None:
+    """Wherever the caller's name ends; what is stored fits into its column."""
+    assert stored_key(*one) != stored_key(*other)
+    assert len(stored_key("c" * 1_000, "k" * 200)) <= 200
+
+
+@pytest.mark.parametrize("caller", ["", "a b", "x" * 1_001, "line\nbreak"])
+async def test_an_unusable_caller_is_refused(backend: httpx.AsyncClient, caller: str) -> None:
+    """The front door sends none of these, so whoever does is not it."""
+    answer = await backend.post("/api/publish", json=CARD, headers={"X-Caller": caller})
+    assert answer.status_code == 422
     assert await card_count(backend) == 0
 
 
@@ -173,7 +214,7 @@ async def test_a_running_service_forgets_keys_and_survives_a_failure(
             connection.execute("BEGIN EXCLUSIVE")
             await until(lambda: "old keys stay until the next time" in caplog.text)
             connection.execute("ROLLBACK")
-            insert = "INSERT INTO publications VALUES ('key', 'print', '{}', '2026-01-01')"
+            insert = "INSERT INTO publications VALUES ('key', 'print', '{}', '2026-01-01', NULL)"
             connection.execute(insert)
             await until(lambda: connection.execute("SELECT * FROM publications").fetchone() is None)
 

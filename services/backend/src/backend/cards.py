@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
 from pydantic_core import to_json
-from sqlalchemy import ColumnElement, Delete, Update, delete, func, select, update
+from sqlalchemy import ColumnElement, Delete, Update, and_, delete, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from backend.clients import Enrichment
 from backend.database import Database
-from backend.models import Card, Publication, utc_now
+from backend.models import Card, Publication, stored_key, utc_now
 from backend.schemas import (
     EXCERPT_LENGTH,
     CardDraft,
@@ -73,16 +73,20 @@ class Cards:
         self._database = database
 
     async def publish(
-        self, draft: CardDraft, key: str | None, enrich: Callable[[str], Awaitable[Enrichment | None]]
+        self,
+        draft: CardDraft,
+        key: str | None,
+        enrich: Callable[[str], Awaitable[Enrichment | None]],
+        caller: str | None = None,
     ) -> tuple[PublishedCard, bool]:
-        """Store the card once per key; the flag says that this is the answer given before, replayed.
+        """Store the card once per caller and key; the flag says that this is the answer given before, replayed.
 
-        ``enrich`` is asked before the card is stored, so that no transaction is open meanwhile and a card is not
-        among its own suggestions. None from it means: none to be had.
+        ``caller``: whose key it is; None: nobody knows. ``enrich`` is asked before the card is stored, so that no
+        transaction is open meanwhile and a card is not among its own suggestions. None from it means: none to be had.
 
-        Raises: KeyReusedError, when the key came with another body before.
+        Raises: KeyReusedError, when the caller used the key with another body before.
         """
-        if key is not None and (before := await self._published(key, draft)):
+        if key is not None and (before := await self._published(caller, key, draft)):
             return before, True
         enrichment = await enrich(f"{draft.title}\n{draft.content}")
         async with self._database.writing() as session:
@@ -98,25 +102,34 @@ class Cards:
             )
             if key is not None:
                 answer = published.model_dump(mode="json")
-                session.add(Publication(key=key, fingerprint=_fingerprint(draft), answer=answer))
+                session.add(
+                    Publication(
+                        key=stored_key(caller, key), fingerprint=_fingerprint(draft), answer=answer, card_id=card.id
+                    )
+                )
             try:
                 await session.commit()
             except IntegrityError:
                 await session.rollback()
                 # Only the key can clash: another request with it was first, perhaps on another replica.
-                if key is None or not (before := await self._published(key, draft)):
+                if key is None or not (before := await self._published(caller, key, draft)):
                     raise
                 return before, True
         return published, False
 
     async def forget_keys(self, age: float) -> None:
-        """Forget the keys that are older than ``age`` seconds, and what was answered to them; the cards stay.
+        """Forget the keys that are older than ``age`` seconds, and what was answered to them; their cards stay.
 
-        A key without a time, stored by the release before, is as old as the first time that this meets it.
+        Those without a card go as well: an instance of the release before deletes a card alone. What it stored has
+        neither a time nor a card's id: its time is that of the first time that this meets it, its id in its answer.
         """
         undated, expired = Publication.published_at.is_(None), Publication.published_at < _seconds_ago(age)
+        answered = Publication.answer["id"].as_integer()
+        unlinked = and_(Publication.card_id.is_(None), answered.is_not(None))
+        orphaned = and_(Publication.card_id.is_not(None), ~exists().where(Card.id == Publication.card_id))
         await self._in_batches(update(Publication).values(published_at=utc_now()), undated)
-        await self._in_batches(delete(Publication), expired)
+        await self._in_batches(update(Publication).values(card_id=answered), unlinked)
+        await self._in_batches(delete(Publication), or_(expired, orphaned))
 
     async def _in_batches(self, change: Update | Delete, those: ColumnElement[bool]) -> None:
         # Little by little: no request waits for long, and no statement takes longer than it may.
@@ -128,9 +141,9 @@ class Cards:
             if len(changed) < _BATCH:
                 return
 
-    async def _published(self, key: str, draft: CardDraft) -> PublishedCard | None:
+    async def _published(self, caller: str | None, key: str, draft: CardDraft) -> PublishedCard | None:
         async with self._database.session() as session:
-            publication = await session.get(Publication, key)
+            publication = await session.get(Publication, stored_key(caller, key))
         if publication is None:
             return None
         if publication.fingerprint != _fingerprint(draft):
@@ -172,10 +185,14 @@ class Cards:
             return CardView.model_validate(card)
 
     async def delete(self, card_id: int) -> None:
-        """Raises: CardNotFoundError."""
+        """With the card goes what was answered when it was published: nothing that it held is kept.
+
+        Raises: CardNotFoundError.
+        """
         async with self._database.writing() as session:
             if not await session.scalar(delete(Card).where(Card.id == card_id).returning(Card.id)):
                 raise CardNotFoundError(card_id)
+            await session.execute(delete(Publication).where(Publication.card_id == card_id))
             await session.commit()
 
     async def search(self, q: str, limit: int, offset: int) -> Page[CardExcerpt]:

@@ -1,8 +1,10 @@
 """The tables. Plain column types only, so that SQLite and Postgres hold the same."""
 
+import json
 from datetime import UTC, datetime
+from hashlib import sha256
 
-from sqlalchemy import JSON, BigInteger, DateTime, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, DateTime, Index, Integer, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 _BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only a column called INTEGER
@@ -43,16 +45,28 @@ CREATE_SEARCH_INDEX = (
 
 
 class Publication(Base):
-    """The answer to a publish request that carried an Idempotency-Key; it outlives the card, and goes by its age.
+    """The answer to a publish request that carried an Idempotency-Key; it goes with its card, or by its age.
 
     The primary key is what makes two racing requests on two replicas end in one card.
     """
 
     __tablename__ = "publications"
+    __table_args__ = (Index("publications_card_id", "card_id"),)
 
     key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    """Made by ``stored_key``: one caller's key is not another's."""
     fingerprint: Mapped[str] = mapped_column(String(64))
     """SHA-256 of the request body."""
     answer: Mapped[dict[str, object]] = mapped_column(JSON)
     published_at: Mapped[datetime | None] = mapped_column(DateTime, default=utc_now)
-    """None: stored by the release before, which knows no such column."""
+    """None: stored by a release before, which knows no such column."""
+    card_id: Mapped[int | None] = mapped_column(BigInteger)
+    """No foreign key: the release before deletes cards and knows of none. None: stored by it."""
+
+
+def stored_key(caller: str | None, key: str) -> str:
+    """What a caller's key is stored under; None: nobody knows who calls, and all of those share their keys.
+
+    That is the key itself, as the releases before stored it, and a caller's never equals it: keys hold no blanks.
+    """
+    return key if caller is None else "of " + sha256(json.dumps([caller, key]).encode()).hexdigest()

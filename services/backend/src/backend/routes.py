@@ -28,6 +28,11 @@ IdempotencyKey = Annotated[
         examples=["5f0c7a1e-publish-1"],
     ),
 ]
+Caller = Annotated[
+    str | None,
+    Header(alias="X-Caller", min_length=1, max_length=1_000, pattern=r"^[\x21-\x7e]+$", include_in_schema=False),
+]
+"""Who asked orchestrator-api, which has checked it; None: it did not ask, or was not asked."""
 
 
 @router.post(
@@ -52,11 +57,12 @@ async def publish(
     research: ResearchDependency,
     response: Response,
     idempotency_key: IdempotencyKey = None,
+    caller: Caller = None,
 ) -> PublishedCard:
     """Publish a card, and get suggestions for it from research-api.
 
     The card is stored whether or not research-api answers; `enriched` says which it was.
-    The same `Idempotency-Key` again is answered as before and publishes nothing;
+    The same `Idempotency-Key` of the same caller is answered as before and publishes nothing;
     with a different body it is refused (422).
     """
 
@@ -67,7 +73,7 @@ async def publish(
             _log.warning("published without suggestions", extra={"error": str(error)})
             return None
 
-    card, replayed = await cards.publish(draft, idempotency_key, enrich)
+    card, replayed = await cards.publish(draft, idempotency_key, enrich, caller)
     response.headers["Location"] = f"/api/cards/{card.id}"
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
