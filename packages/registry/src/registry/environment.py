@@ -31,7 +31,13 @@ _VARIABLES = {
     "tls_server_name": "CONSUL_TLS_SERVER_NAME",
     "auth": "CONSUL_HTTP_AUTH",
 }
-_TOKENS = {"token": "CONSUL_HTTP_TOKEN", "token_file": "CONSUL_HTTP_TOKEN_FILE"}
+# Only read where no argument says how to get a token. Those for a login are named as the options of `consul login`.
+_TOKENS = {
+    "token": "CONSUL_HTTP_TOKEN",
+    "token_file": "CONSUL_HTTP_TOKEN_FILE",
+    "auth_method": "CONSUL_AUTH_METHOD",
+    "bearer_token_file": "CONSUL_BEARER_TOKEN_FILE",
+}
 _UNSUPPORTED = ("CONSUL_NAMESPACE", "CONSUL_PARTITION")
 # Go's strconv.ParseBool, by which Consul reads its own variables.
 _TRUE, _FALSE = {"1", "t", "true"}, {"0", "f", "false"}

@@ -93,6 +93,7 @@ class ServiceRegistry:
         )
         with consul_errors(self.settings):
             self._consul.agent.service.register(**registration.arguments(passing=False))
+        self._consul.http.tokens.hold(registration.id)
         return registration.id
 
     def deregister_service(self, service_id: str) -> bool:
@@ -106,6 +107,7 @@ class ServiceRegistry:
         with consul_errors(self.settings):
             for _ in range(ATTEMPTS):
                 if self._consul.http.last("PUT", CB.boolean(), path):
+                    self._consul.http.tokens.drop(service_id)
                     return True
                 nodes = self._consul.http.get(parse_nodes, *holders(service_id))
                 if not nodes:

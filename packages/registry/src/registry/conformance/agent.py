@@ -135,7 +135,7 @@ class Agent:
         # Without a token nothing is said to be filtered, though everything may be.
         filtered = response.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true"
         denied = response.headers.get("X-Consul-Default-ACL-Policy") == "deny"
-        self.hides = filtered or (denied and not self._settings.read_token())
+        self.hides = filtered or (denied and not self._consul.http.tokens.current())
         return _JSON(response)
 
 

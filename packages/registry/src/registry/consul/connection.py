@@ -1,67 +1,32 @@
 """One way to Consul: py-consul's endpoints over an httpx client, sync or async, and its errors in our words."""
 
+import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import httpx
 from consul.base import Consul, HTTPClient, Response
-from consul.exceptions import (
-    ACLDisabled,
-    ACLPermissionDenied,
-    BadRequest,
-    ClientError,
-    ConsulException,
-    NotFound,
-)
+from consul.exceptions import ACLPermissionDenied
 
-from registry.consul.tls import Trust, tls_advice
-from registry.errors import RegistryError, RegistryUnavailableError
+from registry.consul.login import token_source
+from registry.consul.opening import async_client, base_url, server_name, sync_client
+from registry.consul.refusals import UnprovenEmptyError, check_origin, check_rights, consul_errors, is_unknown
 from registry.settings import ConsulSettings
+from registry.threads import in_daemon_thread
 
 __all__ = ["AsyncConsul", "SyncConsul", "UnprovenEmptyError", "consul_errors"]
 
 Params = Sequence[tuple[str, Any]] | None
 Callback = Callable[[Response], Any]
+Request = dict[str, Any]
+T = TypeVar("T")
 
-
-@contextmanager
-def consul_errors(settings: ConsulSettings) -> Iterator[None]:
-    """Turns what py-consul and httpx raise into RegistryUnavailableError (try again) or RegistryError (refused)."""
-    where = f"Consul at {settings.url}"
-
-    def brief(error: Exception) -> str:
-        return str(error) if len(str(error)) <= 300 else f"{str(error)[:300]}…"
-
-    try:
-        yield
-    except (ACLPermissionDenied, ACLDisabled) as error:
-        raise RegistryError(f"{where} denied the request: {brief(error)}; pass a token that has this right") from error
-    except (BadRequest, NotFound) as error:
-        raise RegistryError(f"{where} refused the request: {brief(error)}") from error
-    except (ClientError, ConsulException) as error:
-        raise RegistryUnavailableError(f"{where} answered with an error: {brief(error)}") from error
-    except (httpx.TransportError, OSError) as error:  # an alert of TLS may come as it is
-        what = str(error) or type(error).__name__
-        advice = tls_advice(error)
-        how = f"can't be asked: {what}; {advice}" if advice else f"can't be reached: {what}; is it running?"
-        raise RegistryUnavailableError(f"{where} {how}") from error
-    except httpx.DecodingError as error:
-        raise RegistryUnavailableError(f"{where} sent a broken answer: {error}") from error
-
-
-class UnprovenEmptyError(ACLPermissionDenied):  # type: ignore[misc]  # py-consul has no types
-    """An empty list for a request without a token, where nothing is allowed by default.
-
-    Without a token, rights come from the anonymous or the agent's default one, and Consul does not say what it hid from
-    the former: there may be nobody, or nobody that may be seen.
-    """
-
-    def __init__(self, index: str) -> None:
-        super().__init__("reading a service needs service:read and node:read")
-        self.index = index
+_AGAIN = 0.2
+"""Seconds until a denied request is sent once more with the same token, as nobody has another one."""
 
 
 class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
@@ -69,37 +34,18 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
 
     def __init__(self, settings: ConsulSettings) -> None:
         super().__init__(settings.host, settings.port, settings.scheme)
-        self.base_uri = settings.url if settings.socket is None else f"{settings.scheme}://localhost"
+        self.base_uri = base_url(settings)
         self.settings = settings
-        self.trust = Trust(settings) if settings.scheme == "https" else None
-
-    def options(self) -> dict[str, Any]:
-        auth = self.settings.auth.get_secret_value().partition(":") if self.settings.auth else None
-        return {
-            "auth": (auth[0], auth[2]) if auth else None,
-            "timeout": self.settings.timeout,
-            "trust_env": False,  # a proxy for the outside world is none for the agent beside us
-        }
+        self.tokens = token_source(settings, self)
 
     def uri(self, path: str, params: Params = None) -> str:
         """As py-consul's, but what is percent-encoded stays as it is: a service's name may hold a slash."""
         return f"{self.base_uri}{quote(path, safe='/:%')}{'?' if params else ''}{urlencode(params or ())}"
 
-    def transport_options(self) -> dict[str, Any]:
-        return {
-            "verify": self.trust.context if self.trust else False,
-            "uds": None if self.settings.socket is None else str(self.settings.socket),
-        }
-
-    def request(self, method: str, path: str, params: Params, data: str | bytes = "") -> dict[str, Any]:
-        if self.trust:
-            self.trust.refresh()
+    def request(self, method: str, path: str, params: Params, data: str | bytes = "") -> Request:
         query = list(params or ())
         if self.settings.consistency != "default" and path.startswith("/v1/health/"):
             query.append((self.settings.consistency, "1"))
-        # Set here, for every endpoint: py-consul forgets it on some, and prefers its environment over its argument.
-        token = self.settings.read_token()
-        headers = {"X-Consul-Token": token} if token else {}
         timeout = httpx.Timeout(self.settings.timeout)
         asked = dict(query).get("wait")
         if asked:
@@ -112,27 +58,19 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
             "method": method,
             "url": self.uri(path, query),
             "content": data.encode() if isinstance(data, str) else data,
-            "headers": headers,
+            "headers": {},
             "timeout": timeout,
-            "extensions": {"sni_hostname": self.settings.tls_server_name} if self.settings.tls_server_name else {},
+            "extensions": server_name(self.settings),
         }
 
+    def signed(self, request: Request, token: str | None) -> Request:
+        """With the token, for every endpoint: py-consul forgets it on some, and prefers its environment."""
+        headers = request["headers"] | ({"X-Consul-Token": token} if token else {})
+        return request | {"headers": headers}
+
     def answer(self, callback: Callback, answer: httpx.Response) -> Any:
-        # Consul signs whatever it says. Without that, a 404 would read as "no such service", wherever it came from.
-        if answer.status_code < 500 and not any(name.startswith("x-consul-") for name in answer.headers):
-            said = " ".join(answer.text.split())[:200]
-            raise ConsulException(f"{answer.status_code} {said!r}, without the headers by which Consul is known")
-        path, text = answer.request.url.path, answer.text.strip()
-        if (path.startswith("/v1/health/service/") and text == "[]") or (
-            path == "/v1/catalog/services" and text == "{}"
-        ):
-            # A token without rights gets an empty list and 200, just as a service without instances does.
-            filtered = answer.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true"
-            denied = answer.headers.get("X-Consul-Default-ACL-Policy") == "deny"
-            if filtered:
-                raise ACLPermissionDenied("reading a service needs service:read and node:read")
-            if denied and "X-Consul-Token" not in answer.request.headers:
-                raise UnprovenEmptyError(answer.headers.get("X-Consul-Index", "0"))
+        check_origin(answer)
+        check_rights(answer)
         return callback(Response(answer.status_code, answer.headers, answer.text))
 
 
@@ -143,7 +81,7 @@ class _SyncRequests(_Requests):
 
     def _connect(self) -> None:
         self.pid = os.getpid()
-        self.client = httpx.Client(transport=httpx.HTTPTransport(**self.transport_options()), **self.options())
+        self.client = sync_client(self.settings)
 
     def send(self, callback: Callback, **request: Any) -> Any:
         if self.pid != os.getpid():
@@ -151,7 +89,16 @@ class _SyncRequests(_Requests):
             # process does not have may hold its lock.
             self.inherited = self.client
             self._connect()
-        return self.answer(callback, self.client.request(**request))
+        token = self.tokens.current()
+        try:
+            return self.answer(callback, self.client.request(**self.signed(request, token)))
+        except ACLPermissionDenied as denied:
+            another = self.tokens.renewed(token, unknown=is_unknown(denied))
+            if another is None:
+                raise
+        if another == token:
+            time.sleep(_AGAIN)
+        return self.answer(callback, self.client.request(**self.signed(request, another)))
 
     def last(self, method: str, callback: Callback, path: str, params: Params = None) -> Any:
         """A request that ends its connection: behind a load balancer, the next one may reach another agent."""
@@ -187,6 +134,7 @@ class _SyncRequests(_Requests):
 
     def close(self) -> None:
         self.client.close()
+        self.tokens.leave(self)
 
 
 class _AsyncRequests(_SyncRequests):
@@ -194,16 +142,34 @@ class _AsyncRequests(_SyncRequests):
 
     def __init__(self, settings: ConsulSettings) -> None:
         _Requests.__init__(self, settings)
-        # A parked watch holds its connection: a pool limit would starve every call behind it.
-        limits = httpx.Limits(max_connections=None)
-        transport = httpx.AsyncHTTPTransport(limits=limits, **self.transport_options())
-        self.async_client = httpx.AsyncClient(transport=transport, **self.options())
+        self.async_client = async_client(settings)
 
     async def send(self, callback: Callback, **request: Any) -> Any:
-        return self.answer(callback, await self.async_client.request(**request))
+        token = await self.current_token()
+        try:
+            return self.answer(callback, await self.async_client.request(**self.signed(request, token)))
+        except ACLPermissionDenied as denied:
+            another = await self._apart(partial(self.tokens.renewed, token, unknown=is_unknown(denied)))
+            if another is None:
+                raise
+        if another == token:
+            await asyncio.sleep(_AGAIN)
+        return self.answer(callback, await self.async_client.request(**self.signed(request, another)))
+
+    async def current_token(self) -> str | None:
+        """What the next request carries; None: nothing. Raises: RegistryError."""
+        return await self._apart(self.tokens.current)
+
+    async def aclose(self) -> None:
+        await self.async_client.aclose()
+        await self._apart(partial(self.tokens.leave, self))
 
     def close(self) -> Any:
-        return self.async_client.aclose()
+        return self.aclose()
+
+    async def _apart(self, work: Callable[[], T]) -> T:
+        """Beside the loop, if it may block."""
+        return await in_daemon_thread(work, "registry-login") if self.tokens.blocks else work()
 
 
 class SyncConsul(Consul):  # type: ignore[misc]  # py-consul has no types

@@ -5,7 +5,7 @@ import ipaddress
 import socket
 from contextlib import suppress
 
-__all__ = ["address_towards", "is_loopback", "is_ours"]
+__all__ = ["address_towards", "is_loopback", "is_ours", "leads_astray"]
 
 
 def is_loopback(address: str) -> bool:
@@ -39,3 +39,13 @@ async def address_towards(host: str, port: int) -> str:
             probe.connect(address)
             return str(probe.getsockname()[0])
     raise OSError(f"no route to {host}")
+
+
+async def leads_astray(address: str, host: str, port: int) -> bool:
+    """Whether it is a loopback address, while that other host, which others have in common with us, is elsewhere."""
+    if not is_loopback(address):
+        return False
+    try:
+        return not is_loopback(await address_towards(host, port))
+    except OSError:
+        return False

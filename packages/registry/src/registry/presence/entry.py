@@ -12,7 +12,6 @@ from typing import Any
 
 from consul.base import Response
 from consul.callback import CB
-from consul.exceptions import ACLPermissionDenied
 
 from registry.backoff import Backoff
 from registry.consul.connection import AsyncConsul, SyncConsul, consul_errors
@@ -39,8 +38,6 @@ def holders(service_id: str) -> tuple[str, list[tuple[str, str]]]:
 def parse_nodes(response: Response) -> set[str]:
     """The nodes named by a list of checks."""
     checks: list[dict[str, Any]] = CB.json()(response)
-    if not checks and response.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true":
-        raise ACLPermissionDenied("reading where a service is needs service:read and node:read")
     return {check["Node"] for check in checks}
 
 
@@ -69,6 +66,8 @@ class Entry:
         self._backoff = Backoff(base=0.2, cap=2.0)
         self._nodes: set[str] = set()
         """Where it was written, as far as is known: one, unless agents came and went."""
+        self._written_with: str | None = None
+        """The token that the agent has for the instance."""
 
     async def write(self, registration: Registration) -> None:
         """Registers the instance as passing, so that callers find it at once."""
@@ -82,10 +81,31 @@ class Entry:
                 # "Status: passing" is ignored for a check that exists: left critical, it would stay so for a while.
                 # But an instance that somebody put into maintenance stays there.
                 await self._consul.agent.service.deregister(registration.id)
-            await self._consul.agent.service.register(**registration.arguments(passing=True))
+            await self._put(registration)
             node = await self._consul.http.get(_parse_own_node, _health_path(registration.id))
         if node is not None:
             self._nodes.add(node)
+
+    async def is_outdated(self) -> bool:
+        """Whether the token is another one by now than the agent has for the instance; False if that can't be told."""
+        try:
+            token: str | None = await self._consul.http.current_token()
+        except RegistryError:
+            return False
+        return token != self._written_with
+
+    async def rewrite(self, registration: Registration) -> bool:
+        """Gives the agent the new token for what it has registered; nothing else changes, its checks' state included.
+
+        The agent keeps the token of a registration, to tell the servers of the instance's health: ended there, it
+        would silently leave them with what they know. Returns whether the agent asked had the instance.
+        Source: https://github.com/hashicorp/consul/issues/4372
+        """
+        with consul_errors(self._settings):
+            if await self._health(registration.id) is None:
+                return False
+            await self._put(registration)
+        return True
 
     async def is_in_maintenance(self, service_id: str) -> bool:
         """Whether an operator took this very instance, not its whole node, out of discovery."""
@@ -95,6 +115,10 @@ class Entry:
 
     async def remove(self, service_id: str) -> None:
         """Returns when Consul offers the instance nowhere any more; at once, where one agent is all there is."""
+        await self._remove(service_id)
+        self._consul.http.tokens.drop(service_id)
+
+    async def _remove(self, service_id: str) -> None:
         path, gone = f"/v1/agent/service/deregister/{service_id}", False
         for _ in range(ATTEMPTS):
             with consul_errors(self._settings):
@@ -156,6 +180,13 @@ class Entry:
             if params:
                 await asyncio.sleep(0.1)  # an answer that comes at once, again and again, must not become a busy loop
             params, failures = [] if in_doubt else [current, ("wait", f"{wait:g}s")], 0
+
+    async def _put(self, registration: Registration) -> None:
+        # Asked before: should it change meanwhile, the instance is written once more, rather than once too little.
+        token = await self._consul.http.current_token()
+        await self._consul.agent.service.register(**registration.arguments(passing=True))
+        self._written_with = token
+        self._consul.http.tokens.hold(registration.id)
 
     async def _health(self, service_id: str) -> ServiceHealth | None:
         health: ServiceHealth | None = await self._consul.http.get(parse_local_health, _health_path(service_id))

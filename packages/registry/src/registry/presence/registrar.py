@@ -4,11 +4,10 @@ import asyncio
 import logging
 import random
 from collections.abc import Mapping
-from contextlib import suppress
 
 from registry.backoff import Backoff
 from registry.consul.connection import AsyncConsul
-from registry.presence.addresses import address_towards, is_loopback, is_ours
+from registry.presence.addresses import address_towards, is_ours, leads_astray
 from registry.presence.entry import Entry
 from registry.presence.probe import Probe
 from registry.presence.registration import Registration
@@ -30,15 +29,16 @@ REJOIN_DELAY = 0.3, 0.5
 the agent, where all its services come at once, the back-off spreads them.)"""
 SILENCE_BEFORE_WARNING = 5.0
 LOOK = 1.0
-"""Seconds between two looks at whether this host still has the address that was registered."""
+"""Seconds between two looks at whether this host still has the address, and Consul the token, that was registered."""
 
 
 class Registrar:
     """Keeps one instance registered from ``start`` to ``withdraw``. Belongs to one event loop.
 
     It registers, as passing, once the advertised address answers ``/health?instance=<id>`` with 200, so that callers
-    find it at once. It registers again when the agent has lost the instance or this host's address has changed, and
-    keeps trying while Consul is away. Several processes may do so for one instance, such as uvicorn's workers.
+    find it at once. It registers again when the agent has lost the instance or this host's address has changed; when
+    its token was replaced, it writes the new one, and callers notice nothing. It keeps trying while Consul is away.
+    Several processes may do so for one instance, such as uvicorn's workers.
 
     ``about``: default metadata, such as ``version``; the settings take precedence. ``observer``: is told when it is
     registered, withdrawn or in doubt. Raises: InvalidInputError.
@@ -181,7 +181,8 @@ class Registrar:
                 await self._until_answering(registration)
                 async with self._writing:
                     await self._register(registration)
-                await self._warn_of_loopback(registration)
+                if await leads_astray(registration.address, self._settings.host, self._settings.port):
+                    self.standing.unreachable(registration)
                 await self._until_outdated(registration)
                 self.standing.doubted("moved" if self._has_moved(registration) else "forgotten")
                 await asyncio.sleep(random.uniform(*REJOIN_DELAY))
@@ -229,17 +230,15 @@ class Registrar:
             self._former.discard(former)
         self.standing.written(registration)
 
-    async def _warn_of_loopback(self, registration: Registration) -> None:
-        if is_loopback(registration.address):
-            with suppress(OSError):
-                if not is_loopback(await address_towards(self._settings.host, self._settings.port)):
-                    self.standing.unreachable(registration)
-
     async def _until_outdated(self, registration: Registration) -> None:
         """Returns when the agent has lost it, or its address is gone. Raises if Consul rejects the query."""
         forgotten = asyncio.get_running_loop().create_task(self._entry.until_forgotten(registration))
         try:
             while not forgotten.done() and not self._has_moved(registration):
+                if await self._entry.is_outdated():
+                    async with self._writing:
+                        if await self._entry.rewrite(registration):
+                            self.standing.rewritten()
                 await asyncio.wait({forgotten}, timeout=LOOK)
             if forgotten.done():
                 forgotten.result()

@@ -23,16 +23,24 @@ class Standing:
         self.registered = False
         self.registrations: dict[str, int] = {}
         """How often it was registered, by the reason: ``started``, ``forgotten`` by the agent, ``moved`` to another
-        address, ``interrupted`` by an error."""
+        address, ``interrupted`` by an error, ``rotated``: with another token."""
         self._reason = "started"
         self._interrupted = 0
 
     def written(self, registration: Registration) -> None:
         """It is in Consul."""
         self.instance, self.registered, self._interrupted = registration.id, True, 0
-        self.registrations[self._reason] = self.registrations.get(self._reason, 0) + 1
+        self._count(self._reason)
         logger.info("registered %s", registration.id, extra={"instance": registration.id})
         self._observers.happened(Event("registered", self.service, registration.id, self._reason))
+
+    def rewritten(self) -> None:
+        """It was in Consul all the time, and is there with another token now."""
+        self._count("rotated")
+        logger.info(
+            "registered %s with the new token: the old one may end", self.instance, extra={"instance": self.instance}
+        )
+        self._observers.happened(Event("registered", self.service, self.instance, "rotated"))
 
     def doubted(self, reason: str) -> None:
         """It may be there no more, and will be written again: ``forgotten`` or ``moved``."""
@@ -62,6 +70,9 @@ class Standing:
         self.registered = False
         logger.info("deregistered %s", service_id, extra={"instance": service_id})
         self._observers.happened(Event("withdrawn", self.service, service_id))
+
+    def _count(self, reason: str) -> None:
+        self.registrations[reason] = self.registrations.get(reason, 0) + 1
 
     def _doubt(self, reason: str, detail: str) -> None:
         self.registered, self._reason = False, reason
