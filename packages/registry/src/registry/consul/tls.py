@@ -11,7 +11,7 @@ __all__ = ["Trust", "tls_advice", "tls_context"]
 
 
 class Trust:
-    """The TLS context of one client. An authority that joins those in ``CONSUL_CACERT`` counts from the next request on.
+    """The TLS context of one client. An authority that joins those in ``CONSUL_CACERT`` counts at the next request.
 
     One that leaves them is trusted until this process ends: connections and handshakes under way rely on it.
     Raises: InvalidInputError, when a file can't be used.
