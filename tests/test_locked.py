@@ -10,9 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
+from demo.locked import locked
 from deploy.compose.keeper import vault as vaults
+from deploy.compose.keeper.access import grant
+from deploy.compose.keeper.api import Consul
 from deploy.compose.keeper.grants import AGENT, CALLS, EDGE, SERVERS, identities, intentions, policies
 from deploy.compose.keeper.vault import Vault
+from registry import RegistryError, ServiceRegistry
+from registry.testing.ports import free_ports
 from tools.services import ROOT
 from tools.services import SERVICES as TABLE
 
@@ -149,6 +154,26 @@ def test_a_file_that_is_nobodys_any_more_is_taken_back(vault: Vault, tmp_path: P
     vault.keep(EDGE, vaults.Token.new())
     assert sorted(vault.deliver()) == ["edge/left-over", "edge/token"]
     assert (tmp_path / "readers" / EDGE / "token").read_text() == vault.token(EDGE).secret
+
+
+def test_the_demo_is_locked(consul_binary: Path) -> None:
+    """Its Consul speaks TLS and tells nobody without a token anything; a service does what it needs, and no more."""
+    [port] = free_ports(1)
+    with locked(port, consul_binary) as lock, lock.open():
+        token = (lock.folder / "readers/research-api/token").read_text()
+        with (
+            lock.registry as reading,
+            ServiceRegistry("localhost", port, None, "https", ca_file=lock.vault.trusted) as anybody,
+            ServiceRegistry("localhost", port, token, "https", ca_file=lock.vault.trusted) as research,
+        ):
+            assert "consul" in reading.discover_all_services()
+            assert research.deregister_service(research.register_service("research-api", "127.0.0.1", 80))
+            for weak in (reading, anybody, research):
+                with pytest.raises(RegistryError, match="denied"):
+                    weak.register_service("backend-api", "127.0.0.1", 80)
+        assert grant(Consul(lock.vault, ["localhost"], port), lock.vault) == []
+        folder = lock.folder
+    assert not folder.exists()
 
 
 def test_a_token_shows_no_secret() -> None:

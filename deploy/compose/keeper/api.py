@@ -31,7 +31,9 @@ class ConsulError(Exception):
 class Consul:
     """The servers, asked with the token that may do everything. Every method blocks and raises ConsulError."""
 
-    def __init__(self, vault: Vault) -> None:
+    def __init__(self, vault: Vault, hosts: Sequence[str] = SERVERS, port: int = _PORT) -> None:
+        self._hosts = hosts
+        self._port = port
         self._trust = ssl.create_default_context(cafile=str(vault.trusted))
         self._token = vault.token(MANAGEMENT).secret
 
@@ -51,7 +53,7 @@ class Consul:
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """The answer's body, of the first server that can be reached."""
-        return self._ask(SERVERS, method, path, body)
+        return self._ask(self._hosts, method, path, body)
 
     def reload(self) -> None:
         """Every agent reads its files anew; returns when all have."""
@@ -61,7 +63,7 @@ class Consul:
     def _ask(self, hosts: Sequence[str], method: str, path: str, body: bytes | None = None) -> bytes:
         silent = ""
         for host in hosts:
-            connection = http.client.HTTPSConnection(host, _PORT, timeout=20, context=self._trust)
+            connection = http.client.HTTPSConnection(host, self._port, timeout=20, context=self._trust)
             try:
                 connection.request(method, path, body, {"X-Consul-Token": self._token})
                 answer = connection.getresponse()

@@ -48,9 +48,11 @@ class Token:
 class Vault:
     """The folder with all secrets. Everything blocks; what is missing is made, what is there stays."""
 
-    def __init__(self, folder: Path = Path("/vault"), readers: Path = READERS) -> None:
+    def __init__(self, folder: Path = Path("/vault"), readers: Path = READERS, *, users: bool = True) -> None:
+        """``users``: whether readers are containers with users of their own, for which it takes root."""
         self.folder = folder
         self._readers = readers
+        self._users = users
 
     @property
     def trusted(self) -> Path:
@@ -85,7 +87,7 @@ class Vault:
 
     def write(self, name: str, content: bytes) -> None:
         """Puts a file in the vault, in place of the one of this name."""
-        place(self.folder / name, content, _SERVICE)
+        place(self.folder / name, content, self._user(_SERVICE))
 
     def make_authority(self, name: str) -> None:
         """A new authority: its certificate and its key, under this name."""
@@ -111,7 +113,7 @@ class Vault:
             folder = self._readers / reader
             self._make_private(folder, user)
             for name, content in files.items():
-                changed += [f"{reader}/{name}"] if place(folder / name, content, user) else []
+                changed += [f"{reader}/{name}"] if place(folder / name, content, self._user(user)) else []
             for path in folder.iterdir():
                 if path.name not in files:
                     path.unlink()
@@ -145,7 +147,11 @@ class Vault:
     def _make_private(self, folder: Path, user: int = _SERVICE) -> None:
         folder.mkdir(exist_ok=True)
         folder.chmod(0o700)
-        shutil.chown(folder, user, user)
+        if self._users:
+            shutil.chown(folder, user, user)
+
+    def _user(self, user: int) -> int | None:
+        return user if self._users else None
 
 
 def new_gossip_key() -> str:
@@ -153,15 +159,19 @@ def new_gossip_key() -> str:
     return base64.b64encode(secrets.token_bytes(32)).decode()
 
 
-def place(path: Path, content: bytes, user: int) -> bool:
-    """Whether the file had to be written: then it is replaced in one step, and nobody but this user can read it."""
+def place(path: Path, content: bytes, user: int | None) -> bool:
+    """Whether the file had to be written: then it is replaced in one step, and nobody but this user can read it.
+
+    ``user``: None for whoever runs this.
+    """
     if path.exists() and path.read_bytes() == content:
         return False
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
         file.write(content)
-    shutil.chown(new, user, user)
+    if user is not None:
+        shutil.chown(new, user, user)
     new.replace(path)
     return True
 
