@@ -129,7 +129,7 @@ def newcomer(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Start Consul and the services as local processes; `-- --once` leaves after the tour, `--locked` asks for tokens."""
+    """Start Consul and the services as local processes; `-- --once` leaves after the tour, `--locked` locks it."""
     install(session)
     # After Ctrl-C the services withdraw from Consul and drain before they end.
     session.run("python", "-m", "demo", *session.posargs, interrupt_timeout=15.0)
