@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from orchestrator.auth import CALLER_HEADER
 from orchestrator.registry import RegistryError, ServiceDiscoveryClient
 from orchestrator.schemas import Enrichment, EnrichRequest, PublishedCard, PublishRequest
 
@@ -73,10 +74,10 @@ class ResearchClient(_Upstream):
 class BackendClient(_Upstream):
     """backend-api, as orchestrator-api uses it."""
 
-    async def publish(self, draft: PublishRequest, idempotency_key: str) -> Answer[PublishedCard]:
-        """A card, published once however often it has to be sent: that is what the key is for.
+    async def publish(self, draft: PublishRequest, idempotency_key: str, caller: str | None) -> Answer[PublishedCard]:
+        """A card, published once however often it has to be sent: that is what the key, which is the caller's, is for.
 
         Raises: UpstreamError.
         """
-        headers = {"Idempotency-Key": idempotency_key}
+        headers = {"Idempotency-Key": idempotency_key} | ({CALLER_HEADER: caller} if caller else {})
         return await self._post(BACKEND, "/api/publish", PublishedCard, json=draft.model_dump(), headers=headers)

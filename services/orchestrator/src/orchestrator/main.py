@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from orchestrator import clients, routes
+from orchestrator import auth, clients, routes
 from orchestrator.errors import add_error_handlers
 from orchestrator.page import routes as page
 from orchestrator.page.hub import Hub
@@ -42,6 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.add_middleware(RegistryMiddleware, trust_caller=False)
+    auth.lock(app)
     add_problem_handlers(app)
     add_error_handlers(app)
     app.include_router(health_router())

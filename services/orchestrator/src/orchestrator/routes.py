@@ -4,8 +4,9 @@ import uuid
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Header, HTTPException, Path, Response
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Response
 
+from orchestrator.auth import Caller, authenticate
 from orchestrator.clients import Answer
 from orchestrator.dependencies import BackendDependency, RegistryDependency, ResearchDependency, SettingsDependency
 from orchestrator.health import report_health, report_service
@@ -21,7 +22,13 @@ from orchestrator.schemas import (
 from orchestrator.topology import read_topology
 from registry.fastapi import DiscoveryClient, problem_responses
 
-router = APIRouter(prefix="/api", responses=problem_responses({422: "The request is not valid."}))
+router = APIRouter(
+    prefix="/api",
+    dependencies=[Depends(authenticate)],
+    responses=problem_responses(
+        {401: "Where callers need a token: there is none, or it is not valid.", 422: "The request is not valid."}
+    ),
+)
 _ANSWERED_BY: dict[str, Any] = {
     "X-Upstream-Instance": {"description": "The instance that answered.", "schema": {"type": "string"}}
 }
@@ -51,6 +58,7 @@ async def enrich(wanted: EnrichRequest, research: ResearchDependency, response: 
 async def publish(
     draft: PublishRequest,
     backend: BackendDependency,
+    caller: Caller,
     response: Response,
     idempotency_key: Annotated[
         str | None,
@@ -66,7 +74,7 @@ async def publish(
 ) -> PublishedCard:
     """Publish a card, and get suggestions for it: backend-api answers."""
     key = idempotency_key or uuid.uuid4().hex
-    answer = await backend.publish(draft, key)
+    answer = await backend.publish(draft, key, caller)
     _show_who_answered(response, answer)
     response.headers["Idempotency-Key"] = key
     if idempotency_key and answer.replayed:
