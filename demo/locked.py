@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from demo.processes import DemoError
 from deploy.compose.keeper.access import grant
 from deploy.compose.keeper.api import Consul
 from deploy.compose.keeper.grants import SERVERS
@@ -78,7 +79,9 @@ class Lock:
 
 @contextmanager
 def locked(port: int, binary: Path) -> Iterator[Lock]:
-    """The secrets of one demo, made before anything starts; nothing of them is left afterwards."""
+    """The secrets of one demo, made before anything starts; nothing of them is left afterwards. Raises: DemoError."""
+    if shutil.which("openssl") is None:
+        raise DemoError("--locked makes keys with the program openssl, which is not there: install it.")
     folder = Path(tempfile.mkdtemp(prefix="registry-lock-"))
     path = os.environ.get("PATH", "")
     try:

@@ -1,5 +1,6 @@
 """What the locked overlay and its keeper promise, read from the files and tried on a vault: needs no engine."""
 
+import asyncio
 import importlib
 import json
 import re
@@ -15,7 +16,9 @@ from deploy.compose.keeper import vault as vaults
 from deploy.compose.keeper.access import grant
 from deploy.compose.keeper.api import Consul
 from deploy.compose.keeper.grants import AGENT, CALLS, EDGE, SERVERS, identities, intentions, policies
+from deploy.compose.keeper.passes import AUDIENCE, ISSUER, sign_pass
 from deploy.compose.keeper.vault import Vault
+from orchestrator.auth import AuthSettings, RefusedError
 from registry import RegistryError, ServiceRegistry
 from registry.testing.ports import free_ports
 from tools.services import ROOT
@@ -154,6 +157,23 @@ def test_a_file_that_is_nobodys_any_more_is_taken_back(vault: Vault, tmp_path: P
     vault.keep(EDGE, vaults.Token.new())
     assert sorted(vault.deliver()) == ["edge/left-over", "edge/token"]
     assert (tmp_path / "readers" / EDGE / "token").read_text() == vault.token(EDGE).secret
+
+
+def test_a_pass_lets_in(vault: Vault) -> None:
+    """A token of the keeper is what orchestrator-api asks for, and names its subject; one of another key is none."""
+    vault.make()
+    vault.deliver()
+    environment = SERVICES["orchestrator"]["environment"]
+    assert (environment["AUTH_ISSUER"], environment["AUTH_AUDIENCE"]) == (ISSUER, AUDIENCE)
+    jwks = vault.readers / "orchestrator-api" / Path(environment["AUTH_JWKS_FILE"]).name
+    door = AuthSettings(jwks_file=jwks, issuer=ISSUER, audience=AUDIENCE).door()
+    assert door is not None
+    token = sign_pass(vault, "alice")
+    assert asyncio.run(door.admit([f"Bearer {token}"])) == "alice"
+    vault.callers_key.unlink()
+    vault.make()
+    with pytest.raises(RefusedError):
+        asyncio.run(door.admit([f"Bearer {sign_pass(vault, 'alice')}"]))
 
 
 def test_the_demo_is_locked(consul_binary: Path) -> None:

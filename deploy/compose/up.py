@@ -27,6 +27,7 @@ _COLLECTORS = {"Prometheus": 9090, "Jaeger": 16686}
 """Name → the container's port."""
 _HOW_TO_ENTER = """\
   Its UI asks for a token, which may read and nothing else. To see it: docker-compose exec consul cat /secrets/token
+  orchestrator-api asks callers for a token; one for an hour:   docker-compose run --rm -T keeper pass --subject you
   Your browser does not know who signed for it. To see who did:       docker-compose exec consul cat /secrets/ca.pem"""
 _CARD = {
     "title": "Consul knows who is healthy",
@@ -76,6 +77,9 @@ def _up(stack: Stack, options: argparse.Namespace, console: Console) -> None:
         addresses = {name: stack.address(name.lower(), port) for name, port in _COLLECTORS.items()} if observe else {}
         if observe:
             start.wait_for_prometheus(addresses["Prometheus"])
+        if options.locked:
+            token = stack.ask("run", "--rm", "--no-deps", "-T", "keeper", "pass", "--subject", "up").strip()
+            http.headers["Authorization"] = f"Bearer {token}"
         card = start.publish()
         start.call_backend(10)
     if not console.is_terminal:

@@ -101,6 +101,11 @@ class LockedSystem(System):
         assert done.returncode == 0, done.stderr
         return done.stderr
 
+    def pass_of(self, subject: str) -> dict[str, str]:
+        """The header of somebody who calls the front door."""
+        token = self.stack.ask("run", "--rm", "--no-deps", "-T", "keeper", "pass", "--subject", subject).strip()
+        return {"Authorization": f"Bearer {token}"}
+
     def leader(self) -> str:
         """The server that leads."""
         return leader_of(self.stack)

@@ -8,7 +8,7 @@ import pytest
 from deploy.compose.stack import compose_command
 from tests.locked.system import LockedSystem
 from tests.pages import Block, Shell, blocks
-from tools.services import ROOT
+from tools.services import ROOT, SERVICES
 
 COMMANDS = [
     (page, block)
@@ -30,6 +30,9 @@ def test_commands(system: LockedSystem, page: Path, block: Block) -> None:
     shell = Shell(ROOT, system.stack.environment())
     try:
         shell.type(f'docker-compose() {{ {shlex.join(compose_command())} "$@"; }}')
-        assert shell.type(block.code, 120.0).strip()
+        code = block.code
+        for service in SERVICES:
+            code = code.replace(f"localhost:{service.port}", system.edge[service.name].removeprefix("http://"))
+        assert shell.type(code, 120.0).strip()
     finally:
         shell.close()

@@ -25,7 +25,7 @@ def needles(system: LockedSystem) -> dict[bytes, str]:
         if name.endswith(".token"):
             found[str(json.loads(content)["secret"]).encode()] = name
         elif name.endswith("-key.pem"):
-            found[content.splitlines()[2].encode()] = name
+            found[content.splitlines()[1].encode()] = name
         elif not name.endswith(".pem"):
             found[content.encode()] = name
     return found
@@ -33,7 +33,9 @@ def needles(system: LockedSystem) -> dict[bytes, str]:
 
 def test_up(system: LockedSystem, scene: Row) -> None:
     """From nothing, one command brings up everything, and it works together."""
-    card = system.http.post(f"{system.edge['orchestrator-api']}/api/publish", json=CARD)
+    front_door = f"{system.edge['orchestrator-api']}/api/publish"
+    assert system.http.post(front_door, json=CARD).status_code == 401
+    card = system.http.post(front_door, json=CARD, headers=system.pass_of("alice"))
     assert card.status_code == 201, card.text
     stored = system.http.get(f"{system.edge['backend-api']}/api/cards/{card.json()['id']}")
     assert stored.json()["title"] == CARD["title"]

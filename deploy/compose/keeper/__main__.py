@@ -7,28 +7,34 @@ from deploy.compose.keeper import backup, rotation
 from deploy.compose.keeper.access import grant
 from deploy.compose.keeper.api import Consul, ConsulError
 from deploy.compose.keeper.grants import CALLS
+from deploy.compose.keeper.passes import sign_pass
 from deploy.compose.keeper.vault import Vault
 
-_JOBS = ("make", "grant", "tokens", "gossip", "ca", "whole", "save", "restore-vault", "restore-consul")
+_JOBS = ("make", "grant", "pass", "tokens", "gossip", "ca", "whole", "save", "restore-vault", "restore-consul")
 
 
 def main() -> int:
     """Does one job; returns the exit code."""
     parser = argparse.ArgumentParser(prog="keeper", description=__doc__)
     parser.add_argument("job", choices=_JOBS)
+    parser.add_argument("--subject", default="somebody", help="whom a pass names")
+    options = parser.parse_args()
     try:
-        run(parser.parse_args().job, Vault())
+        run(options.job, Vault(), options.subject)
     except ConsulError as error:
         say(str(error))
         return 1
     return 0
 
 
-def run(job: str, vault: Vault) -> None:
+def run(job: str, vault: Vault, subject: str) -> None:
     """Does this job. Raises: ConsulError."""
     if job == "make":
         vault.make()
         tell(vault.deliver(), "given out")
+        return
+    if job == "pass":
+        sys.stdout.write(f"{sign_pass(vault, subject)}\n")
         return
     if job == "restore-vault":
         backup.restore_vault(sys.stdin.buffer.read(), vault)

@@ -6,6 +6,7 @@ mode of secrets that come from files.
 """
 
 import base64
+import hashlib
 import json
 import os
 import secrets
@@ -19,13 +20,14 @@ from pathlib import Path
 
 from deploy.compose.keeper.grants import AGENT, CALLS, DATACENTER, EDGE, SERVERS, identities
 
-__all__ = ["MANAGEMENT", "READERS", "Token", "Vault"]
+__all__ = ["MANAGEMENT", "READERS", "Token", "Vault", "encode"]
 
 MANAGEMENT = "management"
 """The token that may do everything."""
 READERS = Path("/readers")
 _SERVICE, _CONSUL, _POSTGRES = 10001, 100, 999
 """The users that the containers run as."""
+_FRONT_DOOR = "orchestrator-api"
 _DAYS = "--days=3650"
 
 
@@ -51,13 +53,25 @@ class Vault:
     def __init__(self, folder: Path = Path("/vault"), readers: Path = READERS, *, users: bool = True) -> None:
         """``users``: whether readers are containers with users of their own, for which it takes root."""
         self.folder = folder
-        self._readers = readers
+        self.readers = readers
         self._users = users
 
     @property
     def trusted(self) -> Path:
         """The certificates of the authorities that everybody trusts: one, and two while one replaces another."""
         return self.folder / "trusted.pem"
+
+    @property
+    def callers_key(self) -> Path:
+        """The key that signs the tokens of those who call the front door."""
+        return self.folder / "callers-key.pem"
+
+    def callers(self) -> bytes:
+        """Its public half, as a JWK set (RFC 7517, RFC 8037)."""
+        command = ["openssl", "pkey", "-in", str(self.callers_key), "-pubout", "-outform", "DER"]
+        public = subprocess.run(command, check=True, capture_output=True).stdout[-32:]
+        key = {"kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "use": "sig", "x": encode(public)}
+        return json.dumps({"keys": [key | {"kid": hashlib.sha256(public).hexdigest()[:16]}]}).encode()
 
     def make(self) -> None:
         """Makes every secret that is missing."""
@@ -72,6 +86,9 @@ class Vault:
             self.write("gossip", new_gossip_key().encode())
         if not (self.folder / "database-password").exists():
             self.write("database-password", secrets.token_urlsafe(24).encode())
+        if not self.callers_key.exists():
+            made = subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519"], check=True, capture_output=True)
+            self.write(self.callers_key.name, made.stdout)
         for name in (MANAGEMENT, *identities()):
             if not (self.folder / f"{name}.token").exists():
                 self.keep(name, Token.new())
@@ -110,7 +127,7 @@ class Vault:
         """Gives every reader its files, and takes back what is not its own any more; returns what changed."""
         changed = []
         for reader, (user, files) in self._contents().items():
-            folder = self._readers / reader
+            folder = self.readers / reader
             self._make_private(folder, user)
             for name, content in files.items():
                 changed += [f"{reader}/{name}"] if place(folder / name, content, self._user(user)) else []
@@ -128,6 +145,7 @@ class Vault:
         for name in (*CALLS, EDGE):
             found[name] = (_SERVICE, trusted | {"token": self.token(name).secret.encode()})
         found["backend-api"] = (_SERVICE, {**found["backend-api"][1], **password})
+        found[_FRONT_DOOR] = (_SERVICE, {**found[_FRONT_DOOR][1], "callers.json": self.callers()})
         for node in SERVERS:
             management = self.token(MANAGEMENT).secret
             tokens = {"initial_management": management, "agent": self.token(node).secret}
@@ -152,6 +170,11 @@ class Vault:
 
     def _user(self, user: int) -> int | None:
         return user if self._users else None
+
+
+def encode(part: bytes) -> str:
+    """Base64 as tokens have it (RFC 7515, 2)."""
+    return base64.urlsafe_b64encode(part).rstrip(b"=").decode()
 
 
 def new_gossip_key() -> str:
