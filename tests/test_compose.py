@@ -298,7 +298,7 @@ def test_every_port_is_guarded() -> None:
         "http-request disable-l7-retry if !METH_GET",
         "http-request del-header X-Request-Deadline",
         "http-request del-header X-Retry-Attempt",
-        "http-request del-header X-Caller",
+        "http-request del-header X-Subject",
         "http-request deny status 413 ",
         "http-request deny status 404 ",
     ):

@@ -17,6 +17,7 @@ import registry.fastapi
 import registry.logs
 import registry.testing.archive
 import registry.testing.binary
+from orchestrator.auth import AuthSettings
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
 from registry.conformance import PROMISES
 from registry.families import FAMILIES
@@ -97,6 +98,13 @@ def test_service_variables_are_documented() -> None:
         rows = re.findall(r"^\| `([A-Z_]+)` \| .* \| (.*) \|$", page, re.MULTILINE)
         documented |= {(name, service.name): default for name, default in rows}
     assert documented == expected
+
+
+def test_variables_of_the_lock_are_documented() -> None:
+    """Every AUTH_* variable that the front door reads stands in the table of its page, and no other."""
+    page = (ROOT / "docs/howto/auth.md").read_text()
+    documented = re.findall(r"^\| `(AUTH_\w+)` \|", page, re.MULTILINE)
+    assert sorted(documented) == sorted(f"AUTH_{name.upper()}" for name in AuthSettings.model_fields)
 
 
 def test_log_variables_are_documented() -> None:

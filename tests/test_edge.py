@@ -91,11 +91,11 @@ async def test_a_get_is_run_three_times_at_most(
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_strangers_set_no_deadline_no_retry_marker_no_caller_and_no_trace(
+async def test_strangers_set_no_deadline_no_retry_marker_no_subject_and_no_trace(
     consul_agent: ConsulAgent, tmp_path: Path, client: httpx.AsyncClient, name: str
 ) -> None:
     """On every port, what instances tell each other is dropped when it comes from outside; the rest arrives."""
-    ours = ["x-request-deadline", "x-retry-attempt", "x-caller", "traceparent", "tracestate", "baggage"]
+    ours = ["x-request-deadline", "x-retry-attempt", "x-subject", "traceparent", "tracestate", "baggage"]
     headers = {**dict.fromkeys(map(str.title, ours), "1"), "X-Other": "3"}
     async with replicas(consul_agent, name, 1) as [replica], running_edge(consul_agent, tmp_path, name) as edge:
         await client.get(f"{edge.url(name)}/read", headers=headers)

@@ -102,7 +102,7 @@ def made(copy: Path) -> Iterator[Path]:
     succeed(copy, "-m", "nox", "-s", "new-service", "--", "billing", "8004")
     assert "passed" in succeed(copy, "-m", "nox", "-s", "tests", "--", "services/billing")
     assert time.monotonic() - begun < 60
-    succeed(copy, "-m", "nox", "-s", "new-service", "--", "gift-cards", "8005", "--calls", "billing-api")
+    succeed(copy, "-m", "nox", "-s", "new-service", "--", "gift-cards", "8005", "--calls", "billing-api", "--auth")
     succeed(copy, "-m", "nox", "-s", "tests", "--", "services/gift_cards")
     yield copy
     succeed(copy, "git", "clean", "--quiet", "--force", "-d", "-x")

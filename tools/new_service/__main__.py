@@ -20,10 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calls", default="backend-api", help="the service that its example calls (default: backend-api)"
     )
+    parser.add_argument("--auth", action="store_true", help="its routes ask callers for a token, where AUTH_* is set")
     parser.add_argument("--standalone", metavar="FOLDER", type=Path, help="make a repository of its own there")
     options = parser.parse_args(arguments)
     try:
-        request = check(options.name, options.port, options.calls)
+        request = check(options.name, options.port, options.calls, options.auth)
         if options.standalone:
             check_folder(options.standalone)
     except RequestError as error:
@@ -38,13 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add(request: Request) -> None:
     # Not at the top: a request that is refused need not wait for copier.
-    from tools.new_service.render import answers, format_code, render
+    from tools.new_service.render import add_lock, answers, format_code, render
     from tools.new_service.wiring import wire
 
     folder = ROOT / "services" / request.package
     with tempfile.TemporaryDirectory() as name:
         rendered = Path(name)
         render("service", rendered / "service", answers(request))
+        if request.auth:
+            add_lock(rendered / "service", request.package)
         render("wiring", rendered / "wiring", answers(request))
         edited = wire({path.name: path.read_text() for path in (rendered / "wiring").iterdir()})
         before = {path: path.read_text() for path in edited}
@@ -66,11 +69,13 @@ def _add(request: Request) -> None:
 
 
 def _make_repository(request: Request, folder: Path) -> None:
-    from tools.new_service.render import answers, format_code, render
+    from tools.new_service.render import add_lock, answers, format_code, render
 
     try:
         render("service", folder, answers(request, standalone=True))
         render("standalone", folder, answers(request))
+        if request.auth:
+            add_lock(folder, request.package)
         shutil.copy(ROOT / "deploy/compose/healthcheck.py", folder)
         # The versions that this repository was tested with, where the service needs the same packages.
         shutil.copy(ROOT / "requirements.lock", folder)

@@ -33,6 +33,8 @@ class Request:
     port: int
     calls: str
     """The service that its example calls."""
+    auth: bool = False
+    """Whether its routes ask callers for a token."""
 
     @property
     def package(self) -> str:
@@ -40,10 +42,10 @@ class Request:
         return self.name.replace("-", "_")
 
 
-def check(name: str, port: str, calls: str) -> Request:
+def check(name: str, port: str, calls: str, auth: bool = False) -> Request:
     """The request, when this repository has room for it. Reads only. Raises: RequestError."""
     _check_name(name)
-    request = Request(name, _port(port), calls)
+    request = Request(name, _port(port), calls, auth)
     for compose in _COMPOSE:
         _check_not_taken(request, compose)
     _check_importable(request)

@@ -16,6 +16,7 @@ from sqlalchemy.schema import ExecutableDDLElement
 from backend.database import CONNECTIONS, Database, DatabaseUnavailableError, _complete
 from backend.main import create_app
 from backend.models import Base, Card
+from backend.password import read_password
 from backend.settings import Settings
 from registry import InvalidInputError
 
@@ -249,7 +250,7 @@ def test_the_password_is_read_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_p
     file = tmp_path / "password"
     file.write_text(" p@ss%\n")
     monkeypatch.setenv("DATABASE_PASSWORD_FILE", str(file))
-    assert Settings().read_database_password() == " p@ss%"
+    assert read_password(Settings()) == " p@ss%"
     assert "p@ss" not in repr(Settings())
 
 
@@ -263,14 +264,14 @@ def test_a_password_file_of_no_use_is_refused(tmp_path: Path, content: bytes | N
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InvalidInputError, match=words) as caught:
-        create_app(Settings(database_password_file=file))
+        create_app(Settings(database_password_file=str(file)))
     assert str(file) in str(caught.value)
 
 
 def test_two_passwords_are_refused(tmp_path: Path) -> None:
     """Nobody has to guess which one counts."""
     with pytest.raises(ValueError, match="are both set: unset one"):
-        Settings(database_password="one", database_password_file=tmp_path / "two")
+        read_password(Settings(database_password="one", database_password_file=str(tmp_path / "two")))
 
 
 def test_the_tables_are_postgres_tables_too() -> None:

@@ -142,10 +142,10 @@ async def test_a_key_goes_with_its_card(backend: httpx.AsyncClient, database_fil
     assert "Idempotent-Replayed" not in again.headers
 
 
-async def test_a_key_is_its_caller_s(backend: httpx.AsyncClient) -> None:
-    """Callers with one key, the same body or another, publish a card each, and none learns of the others'; nor does one
-    who sends what the database stores a caller's key under."""
-    requests = [({}, CARD), ({"X-Caller": "alice"}, CARD), ({"X-Caller": "bob"}, CARD | {"title": "Other"})]
+async def test_a_key_is_its_owner_s(backend: httpx.AsyncClient) -> None:
+    """Owners of one key, with the same body or another, publish a card each, and none learns of the others'; nor does
+    somebody who sends what the database stores an owner's key under."""
+    requests = [({}, CARD), ({"X-Subject": "alice"}, CARD), ({"X-Subject": "bob"}, CARD | {"title": "Other"})]
     rounds = [
         [
             await backend.post("/api/publish", json=body, headers={"Idempotency-Key": "key"} | caller)
@@ -157,23 +157,53 @@ async def test_a_key_is_its_caller_s(backend: httpx.AsyncClient) -> None:
     assert {answer.status_code for answer in first + again} == {201}
     assert len({answer.json()["id"] for answer in first}) == 3
     assert [answer.json() for answer in again] == [answer.json() for answer in first]
-    guessed = {"Idempotency-Key": stored_key("alice", "key")}
+    guessed = {"Idempotency-Key": stored_key("subject alice", "key")}
     assert (await backend.post("/api/publish", json=CARD, headers=guessed)).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("service", "subject", "owner"),
+    [
+        (None, None, None),
+        (None, "alice", "subject alice"),
+        ("orchestrator-api", "alice", "subject alice"),
+        ("orchestrator-api", None, "service orchestrator-api"),
+        ("research-api", None, "service research-api"),
+        ("research-api", "alice", "service research-api"),
+    ],
+)
+async def test_only_the_front_door_speaks_for_others(
+    replica: Replica, database_file: Path, service: str | None, subject: str | None, owner: str | None
+) -> None:
+    """Where services have proved which they are, a subject is believed of orchestrator-api alone."""
+    backend = await replica()
+    transport = backend._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    app = transport.app
+
+    async def judged(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope | {"registry.caller": service}, receive, send)
+
+    transport.app = judged
+    headers = {"Idempotency-Key": "key"} | ({"X-Subject": subject} if subject else {})
+    assert (await backend.post("/api/publish", json=CARD, headers=headers)).status_code == 201
+    with closing(sqlite3.connect(database_file)) as connection:
+        assert connection.execute("SELECT key FROM publications").fetchall() == [(stored_key(owner, "key"),)]
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [(("a", "b c"), ("a b", "c")), ((None, "a b"), ("a", "b")), (("a", "b"), ("A", "b"))]
 )
-def test_no_two_callers_have_one_stored_key(one: tuple[str | None, str], other: tuple[str | None, str]) -> None:
-    """Wherever the caller's name ends; what is stored fits into its column."""
+def test_no_two_owners_have_one_stored_key(one: tuple[str | None, str], other: tuple[str | None, str]) -> None:
+    """Wherever the owner's name ends; what is stored fits into its column."""
     assert stored_key(*one) != stored_key(*other)
     assert len(stored_key("c" * 1_000, "k" * 200)) <= 200
 
 
-@pytest.mark.parametrize("caller", ["", "a b", "x" * 1_001, "line\nbreak"])
-async def test_an_unusable_caller_is_refused(backend: httpx.AsyncClient, caller: str) -> None:
+@pytest.mark.parametrize("subject", ["", "a b", "x" * 1_001, "line\nbreak"])
+async def test_an_unusable_subject_is_refused(backend: httpx.AsyncClient, subject: str) -> None:
     """The front door sends none of these, so whoever does is not it."""
-    answer = await backend.post("/api/publish", json=CARD, headers={"X-Caller": caller})
+    answer = await backend.post("/api/publish", json=CARD, headers={"X-Subject": subject})
     assert answer.status_code == 422
     assert await card_count(backend) == 0
 

@@ -93,10 +93,10 @@ async def test_a_good_token_passes(
     front: httpx.AsyncClient, issuer: Issuer, reached: list[httpx.Request], make: Callable[[Issuer], str], scheme: str
 ) -> None:
     """With either kind of key, and however the scheme is written; backend-api is told who calls, and no token."""
-    headers = {"Authorization": f"{scheme} {make(issuer)}", "X-Caller": "mallory"}
+    headers = {"Authorization": f"{scheme} {make(issuer)}", "X-Subject": "mallory"}
     assert (await front.post("/api/publish", json=CARD, headers=headers)).status_code == 201
     [request] = reached
-    assert request.headers.get_list("X-Caller") == ["alice"]
+    assert request.headers.get_list("X-Subject") == ["alice"]
     assert "Authorization" not in request.headers
 
 
@@ -116,14 +116,15 @@ async def test_whoever_calls_fits_into_a_header(
     """Any subject is passed on, and no two as the same."""
     answer = await front.post("/api/publish", json=CARD, headers=bearer(issuer.token(sub=subject)))
     assert answer.status_code == 201
-    assert reached[0].headers["X-Caller"] == name
+    assert reached[0].headers["X-Subject"] == name
 
 
 async def test_every_api_route_is_locked(app: FastAPI, front: httpx.AsyncClient) -> None:
     """Without a token all of /api is 401, and says how to get in; /health, which Consul asks, is as it was."""
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     routes += [each for route in app.routes for each in getattr(getattr(route, "original_router", None), "routes", ())]
-    locked = {(method, route.path) for route in routes for method in route.methods if route.path.startswith("/api")}
+    api = [route for route in routes if route.path.startswith("/api")]
+    locked = {(method, route.path) for route in api for method in route.methods or ()}
     assert {path for _, path in locked} >= {"/api/publish", "/api/enrich", "/api/topology", "/api/health"}
     for method, path in locked:
         body = CARD if method == "POST" else None
@@ -179,7 +180,7 @@ HOSTILE: dict[str, Shape] = {
         (name, f"Bearer {issuer.token()}")
         for name in ("X-Authorization", "X-Forwarded-Authorization", "X-Access-Token")
     ],
-    "the name alone": lambda _: [("X-Caller", "alice")],
+    "the name alone": lambda _: [("X-Subject", "alice")],
     # too much
     "two headers, a good one first": lambda issuer: [
         ("Authorization", f"Bearer {issuer.token()}"),
@@ -299,8 +300,9 @@ async def test_a_hostile_shape_does_not_pass(
     if isinstance(made, str):
         made = [("Authorization", f"Bearer {made}")]
     given: dict[str, Any] = {"json": CARD} | (made if isinstance(made, dict) else {})
-    headers = [(key, value.encode()) for key, value in made] if isinstance(made, list) else []
-    answer = await front.post("/api/publish", headers=headers, **given)
+    if isinstance(made, list):
+        given["headers"] = [(key.encode(), value.encode()) for key, value in made]
+    answer = await front.post("/api/publish", **given)
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"].startswith('Bearer realm="orchestrator-api"')
     assert answer.headers["Content-Type"] == "application/problem+json"
@@ -344,10 +346,10 @@ async def test_other_spellings_lead_nowhere(front: httpx.AsyncClient, reached: l
     assert reached == []
 
 
-async def test_what_is_logged_says_who_called(
+async def test_what_is_logged_says_who_asked(
     front: httpx.AsyncClient, issuer: Issuer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every record of a request has the caller, and none the token."""
+    """Every record of a request has the subject, and none the token."""
     token = issuer.token()
     caplog.set_level(logging.DEBUG)
 
@@ -366,7 +368,7 @@ async def test_what_is_logged_says_who_called(
         app_log.info("afterwards")
     finally:
         logging.getLogger("registry").removeHandler(handler)
-    assert handler.lines[-1]["caller"] == "alice"
+    assert handler.lines[-1]["subject"] == "alice"
     assert token not in json.dumps(handler.lines)
 
 

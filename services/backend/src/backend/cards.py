@@ -77,16 +77,16 @@ class Cards:
         draft: CardDraft,
         key: str | None,
         enrich: Callable[[str], Awaitable[Enrichment | None]],
-        caller: str | None = None,
+        owner: str | None = None,
     ) -> tuple[PublishedCard, bool]:
-        """Store the card once per caller and key; the flag says that this is the answer given before, replayed.
+        """Store the card once per owner and key; the flag says that this is the answer given before, replayed.
 
-        ``caller``: whose key it is; None: nobody knows. ``enrich`` is asked before the card is stored, so that no
+        ``owner``: whose key it is; None: nobody knows. ``enrich`` is asked before the card is stored, so that no
         transaction is open meanwhile and a card is not among its own suggestions. None from it means: none to be had.
 
-        Raises: KeyReusedError, when the caller used the key with another body before.
+        Raises: KeyReusedError, when its owner used the key with another body before.
         """
-        if key is not None and (before := await self._published(caller, key, draft)):
+        if key is not None and (before := await self._published(owner, key, draft)):
             return before, True
         enrichment = await enrich(f"{draft.title}\n{draft.content}")
         async with self._database.writing() as session:
@@ -104,7 +104,7 @@ class Cards:
                 answer = published.model_dump(mode="json")
                 session.add(
                     Publication(
-                        key=stored_key(caller, key), fingerprint=_fingerprint(draft), answer=answer, card_id=card.id
+                        key=stored_key(owner, key), fingerprint=_fingerprint(draft), answer=answer, card_id=card.id
                     )
                 )
             try:
@@ -112,7 +112,7 @@ class Cards:
             except IntegrityError:
                 await session.rollback()
                 # Only the key can clash: another request with it was first, perhaps on another replica.
-                if key is None or not (before := await self._published(caller, key, draft)):
+                if key is None or not (before := await self._published(owner, key, draft)):
                     raise
                 return before, True
         return published, False
@@ -141,9 +141,9 @@ class Cards:
             if len(changed) < _BATCH:
                 return
 
-    async def _published(self, caller: str | None, key: str, draft: CardDraft) -> PublishedCard | None:
+    async def _published(self, owner: str | None, key: str, draft: CardDraft) -> PublishedCard | None:
         async with self._database.session() as session:
-            publication = await session.get(Publication, stored_key(caller, key))
+            publication = await session.get(Publication, stored_key(owner, key))
         if publication is None:
             return None
         if publication.fingerprint != _fingerprint(draft):

@@ -2,13 +2,18 @@
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 
 from backend.cards import Cards
 from backend.clients import ResearchClient
 from backend.database import Database
 from backend.settings import Settings
 from registry.fastapi import DiscoveryClient
+
+_SERVICE = "registry.caller"
+"""Where a request's scope has the service that calls, once its certificate has proved which it is."""
+_FRONT_DOOR = "orchestrator-api"
+"""The only service that speaks for others, where services prove who they are."""
 
 
 async def _settings(request: Request) -> Settings:
@@ -29,5 +34,20 @@ async def _research(client: DiscoveryClient, settings: Annotated[Settings, Depen
     return ResearchClient(client, settings.enrich_timeout)
 
 
+async def _owner(
+    request: Request,
+    subject: Annotated[
+        str | None,
+        Header(alias="X-Subject", min_length=1, max_length=1_000, pattern=r"^[\x21-\x7e]+$", include_in_schema=False),
+    ] = None,
+) -> str | None:
+    service = request.scope.get(_SERVICE)
+    if subject and service in {None, _FRONT_DOOR}:
+        return f"subject {subject}"
+    return f"service {service}" if service else None
+
+
 CardsDependency = Annotated[Cards, Depends(_cards)]
 ResearchDependency = Annotated[ResearchClient, Depends(_research)]
+OwnerDependency = Annotated[str | None, Depends(_owner)]
+"""On whose behalf: of whom orchestrator-api has authenticated, else of the service that calls; None: nobody knows."""

@@ -6,6 +6,7 @@ from backend import clients, routes
 from backend.database import Database
 from backend.errors import add_error_handlers
 from backend.lifespan import keep
+from backend.password import read_password
 from backend.settings import Settings
 from registry.fastapi import RegistryMiddleware, add_problem_handlers, health_router, lifespan, state_router
 from registry.logs import setup_logging
@@ -16,7 +17,7 @@ from registry.tracing import server_telemetry, set_up_tracing
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened or registered before its lifespan starts."""
     setup_logging(settings)
-    database = Database(settings.database_url, settings.database_timeout, password=settings.read_database_password())
+    database = Database(settings.database_url, settings.database_timeout, password=read_password(settings))
     app = FastAPI(
         title=settings.name,
         max_body_size=2**21,  # the longest card, every character escaped, takes 1.2 MB

@@ -54,7 +54,7 @@ class Publication(Base):
     __table_args__ = (Index("publications_card_id", "card_id"),)
 
     key: Mapped[str] = mapped_column(String(200), primary_key=True)
-    """Made by ``stored_key``: one caller's key is not another's."""
+    """Made by ``stored_key``: one owner's key is not another's."""
     fingerprint: Mapped[str] = mapped_column(String(64))
     """SHA-256 of the request body."""
     answer: Mapped[dict[str, object]] = mapped_column(JSON)
@@ -64,9 +64,9 @@ class Publication(Base):
     """No foreign key: the release before deletes cards and knows of none. None: stored by it."""
 
 
-def stored_key(caller: str | None, key: str) -> str:
-    """What a caller's key is stored under; None: nobody knows who calls, and all of those share their keys.
+def stored_key(owner: str | None, key: str) -> str:
+    """What an owner's key is stored under; None: nobody knows whose it is, and all of those share their keys.
 
-    That is the key itself, as the releases before stored it, and a caller's never equals it: keys hold no blanks.
+    Theirs are stored as they are, as the releases before did, and an owner's never equals one: keys hold no blanks.
     """
-    return key if caller is None else "of " + sha256(json.dumps([caller, key]).encode()).hexdigest()
+    return key if owner is None else "of " + sha256(json.dumps([owner, key]).encode()).hexdigest()

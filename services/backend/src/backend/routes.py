@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Query, Response
 
 from backend.clients import Enrichment, ResearchUnavailableError
-from backend.dependencies import CardsDependency, ResearchDependency
+from backend.dependencies import CardsDependency, OwnerDependency, ResearchDependency
 from backend.schemas import CardDraft, CardExcerpt, CardPatch, CardView, Page, PublishedCard, SearchText
 from registry.fastapi import problem_responses
 
@@ -28,11 +28,6 @@ IdempotencyKey = Annotated[
         examples=["5f0c7a1e-publish-1"],
     ),
 ]
-Caller = Annotated[
-    str | None,
-    Header(alias="X-Caller", min_length=1, max_length=1_000, pattern=r"^[\x21-\x7e]+$", include_in_schema=False),
-]
-"""Who asked orchestrator-api, which has checked it; None: it did not ask, or was not asked."""
 
 
 @router.post(
@@ -55,9 +50,9 @@ async def publish(
     draft: CardDraft,
     cards: CardsDependency,
     research: ResearchDependency,
+    owner: OwnerDependency,
     response: Response,
     idempotency_key: IdempotencyKey = None,
-    caller: Caller = None,
 ) -> PublishedCard:
     """Publish a card, and get suggestions for it from research-api.
 
@@ -73,7 +68,7 @@ async def publish(
             _log.warning("published without suggestions", extra={"error": str(error)})
             return None
 
-    card, replayed = await cards.publish(draft, idempotency_key, enrich, caller)
+    card, replayed = await cards.publish(draft, idempotency_key, enrich, owner)
     response.headers["Location"] = f"/api/cards/{card.id}"
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"

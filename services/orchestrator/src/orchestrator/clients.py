@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.auth import CALLER_HEADER
+from orchestrator.auth import SUBJECT_HEADER
 from orchestrator.registry import RegistryError, ServiceDiscoveryClient
 from orchestrator.schemas import Enrichment, EnrichRequest, PublishedCard, PublishRequest
 
@@ -74,10 +74,10 @@ class ResearchClient(_Upstream):
 class BackendClient(_Upstream):
     """backend-api, as orchestrator-api uses it."""
 
-    async def publish(self, draft: PublishRequest, idempotency_key: str, caller: str | None) -> Answer[PublishedCard]:
-        """A card, published once however often it has to be sent: that is what the key, which is the caller's, is for.
+    async def publish(self, draft: PublishRequest, idempotency_key: str, subject: str | None) -> Answer[PublishedCard]:
+        """A card, published once however often it has to be sent: that is what the key is for, the subject's own.
 
         Raises: UpstreamError.
         """
-        headers = {"Idempotency-Key": idempotency_key} | ({CALLER_HEADER: caller} if caller else {})
+        headers = {"Idempotency-Key": idempotency_key} | ({SUBJECT_HEADER: subject} if subject else {})
         return await self._post(BACKEND, "/api/publish", PublishedCard, json=draft.model_dump(), headers=headers)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Response
 
-from orchestrator.auth import Caller, authenticate
+from orchestrator.auth import Subject, authenticate
 from orchestrator.clients import Answer
 from orchestrator.dependencies import BackendDependency, RegistryDependency, ResearchDependency, SettingsDependency
 from orchestrator.health import report_health, report_service
@@ -58,7 +58,7 @@ async def enrich(wanted: EnrichRequest, research: ResearchDependency, response: 
 async def publish(
     draft: PublishRequest,
     backend: BackendDependency,
-    caller: Caller,
+    subject: Subject,
     response: Response,
     idempotency_key: Annotated[
         str | None,
@@ -74,7 +74,7 @@ async def publish(
 ) -> PublishedCard:
     """Publish a card, and get suggestions for it: backend-api answers."""
     key = idempotency_key or uuid.uuid4().hex
-    answer = await backend.publish(draft, key, caller)
+    answer = await backend.publish(draft, key, subject)
     _show_who_answered(response, answer)
     response.headers["Idempotency-Key"] = key
     if idempotency_key and answer.replayed:
