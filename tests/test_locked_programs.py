@@ -1,4 +1,4 @@
-"""What backup, restore, rotate and upgrade do, in which order, and when they refuse: told by a stack that only notes."""
+"""The order in which backup, restore and upgrade do things, and when they refuse: told by a stack that only notes."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
