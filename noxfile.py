@@ -100,6 +100,19 @@ def e2e(session: nox.Session) -> None:
     )
 
 
+@nox.session(name="e2e-locked")
+def e2e_locked(session: nox.Session) -> None:
+    """Play the scenes of tokens, TLS and three servers on containers, in fifteen minutes; arguments go to pytest."""
+    install(session)
+    session.run(
+        *("bash", "tools/docker.sh", "run", "pytest", "tests/locked", "--junitxml=.e2e/locked.xml"),
+        *session.posargs,
+        external=True,
+        interrupt_timeout=60.0,
+        terminate_timeout=60.0,
+    )
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the site into .site/html, strictly: every link, anchor and public name has to be there."""
@@ -122,7 +135,7 @@ def newcomer(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Start Consul and the services as local processes; `-- --once` shows the tour and leaves."""
+    """Start Consul and the services as local processes; `-- --once` leaves after the tour, `--locked` locks it."""
     install(session)
     # After Ctrl-C the services withdraw from Consul and drain before they end.
     session.run("python", "-m", "demo", *session.posargs, interrupt_timeout=15.0)
@@ -137,7 +150,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def up(session: nox.Session) -> None:
-    """Start the system in containers; `-- --backends 5` scales it, `-- --observe` adds Prometheus and Jaeger."""
+    """Start the system in containers; `-- --backends 5` scales it, `--observe` and `--locked` change it."""
     install(session)
     session.run("python", "-m", "deploy.compose.up", *session.posargs)
 
@@ -146,6 +159,34 @@ def up(session: nox.Session) -> None:
 def down(session: nox.Session) -> None:
     """Remove what `up` made; `-- --volumes` removes the stored cards and Consul's data, too."""
     session.run(sys.executable, "-m", "deploy.compose.down", *session.posargs, external=True)
+
+
+@nox.session
+def backup(session: nox.Session) -> None:
+    """Write all that the locked system's Consul and keeper hold into a file: `-- FILE`."""
+    install(session)
+    session.run("python", "-m", "deploy.compose.locked.backup", *session.posargs)
+
+
+@nox.session
+def restore(session: nox.Session) -> None:
+    """Start the locked system with empty servers, and give it back what `backup` kept: `-- FILE`."""
+    install(session)
+    session.run("python", "-m", "deploy.compose.locked.restore", *session.posargs)
+
+
+@nox.session
+def rotate(session: nox.Session) -> None:
+    """Change secrets of the locked system while it runs: `-- tokens`, `-- gossip` or `-- ca`."""
+    install(session)
+    session.run("python", "-m", "deploy.compose.locked.rotate", *session.posargs)
+
+
+@nox.session
+def upgrade(session: nox.Session) -> None:
+    """Give the locked system's servers of Consul the image in CONSUL_IMAGE, one after another."""
+    install(session)
+    session.run("python", "-m", "deploy.compose.locked.upgrade", *session.posargs)
 
 
 @nox.session

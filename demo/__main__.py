@@ -6,14 +6,17 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from rich.console import Console
 from rich.live import Live
 
 from demo.collector import running_collector
+from demo.locked import Lock, locked
 from demo.processes import DemoError, Processes
 from demo.system import Ports, System
 from demo.tour import show_tour, stay
+from deploy.compose.keeper.api import ConsulError
 from registry.testing.agent import ConsulNotFoundError, ConsulStartError, find_consul, running_agent
 from tools.services import SERVICES
 
@@ -28,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        _run(_ports(*options.ports), options.once, Console())
-    except (DemoError, ConsulNotFoundError, ConsulStartError) as error:
+        _run(_ports(*options.ports), options, Console())
+    except (DemoError, ConsulNotFoundError, ConsulStartError, ConsulError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -40,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
     parser.add_argument("--once", action="store_true", help="show the tour and leave")
+    parser.add_argument("--locked", action="store_true", help="with a token for each service, and TLS to Consul")
     # For tests, which run beside a running demo: Consul, then every service in the order of its own port.
     count = 1 + len(SERVICES)
     parser.add_argument(
@@ -56,24 +60,25 @@ def _ports(consul: int, *services: int) -> Ports:
     return Ports(consul, {service.name: port for service, port in zip(SERVICES, services, strict=True)})
 
 
-def _run(ports: Ports, once: bool, console: Console) -> None:
+def _run(ports: Ports, options: argparse.Namespace, console: Console) -> None:
     ports.check()
     consul = find_consul()
     with (
+        locked(ports.consul, consul) if options.locked else nullcontext() as lock,
         running_collector() as collector,
         Processes() as processes,
         Live(console=console, refresh_per_second=8) as live,
     ):
-        system = System(ports, processes, collector)
+        system = System(ports, processes, collector, lock)
         system.start()
         live.update(system.table(system.rows(), "starting Consul"))
-        with running_agent(http_port=ports.consul, binary=consul, in_memory=True):
+        with lock.open() if lock else running_agent(http_port=ports.consul, binary=consul, in_memory=True):
             try:
                 _wait_until_passing(system, live)
                 path = asyncio.run(show_tour(system, console))
                 live.update(system.table(system.rows()))
-                _print_urls(ports, console)
-                if not once:
+                _print_urls(ports, lock, console)
+                if not options.once:
                     _stay_until_interrupted(system, path, live, console)
             finally:
                 # Before Consul, from which they withdraw.
@@ -102,10 +107,12 @@ def _wait_until_passing(system: System, live: Live) -> None:
         time.sleep(0.1)
 
 
-def _print_urls(ports: Ports, console: Console) -> None:
+def _print_urls(ports: Ports, lock: Lock | None, console: Console) -> None:
     for name, port in ports.services.items():
         console.print(f"{name:<17} http://localhost:{port}/docs", soft_wrap=True)
-    console.print(f"{'Consul':<17} http://localhost:{ports.consul}/ui", soft_wrap=True)
+    console.print(f"{'Consul':<17} {'https' if lock else 'http'}://localhost:{ports.consul}/ui", soft_wrap=True)
+    if lock:
+        console.print(f"  Its UI asks for a token: see {lock.folder}/readers/agent/token", soft_wrap=True)
     console.print(f"{'Who calls whom':<17} http://localhost:{ports.services['orchestrator-api']}/", soft_wrap=True)
 
 

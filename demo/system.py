@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from demo.collector import Collector
+from demo.locked import Lock
 from demo.processes import DemoError, Process, Processes, clean_environment, uvicorn_command
 from registry import RegistryUnavailableError, ServiceRegistry
 from registry.testing.ports import free_ports, is_free
@@ -56,21 +57,23 @@ class System:
     processes: Processes
     collector: Collector
     """Gets every trace."""
+    lock: Lock | None = None
+    """With tokens and TLS; None: without."""
     answered: Counter[str] = field(default_factory=Counter)
     """Instance id → calls that it answered."""
     failed: int = 0
     """Calls that nobody answered."""
 
     def __post_init__(self) -> None:
-        self.registry = ServiceRegistry("localhost", self.ports.consul)
+        self.registry = self.lock.registry if self.lock else ServiceRegistry("localhost", self.ports.consul)
 
     def start(self) -> None:
         """Starts every process at once; they register as soon as Consul is there."""
         starts = [(service, self.ports.services[service.name]) for service in SERVICES]
         starts += [(service, port) for service in SERVICES if service.name == "backend-api" for port in free_ports(2)]
         for service, port in starts:
+            plain = {"CONSUL_HTTP_ADDR": f"localhost:{self.ports.consul}"}
             environment = clean_environment(
-                CONSUL_HTTP_ADDR=f"localhost:{self.ports.consul}",
                 SERVICE_PORT=str(port),
                 # Every second instead of every ten, so that the table shows soon what happens to an instance.
                 SERVICE_HEALTH_CHECK_INTERVAL="1",
@@ -78,6 +81,7 @@ class System:
                 # What a process that is killed leaves behind goes with the directory.
                 TMPDIR=str(self.processes.directory),
                 **self.collector.environment(),
+                **(self.lock.environment(service.name) if self.lock else plain),
             )
             self.processes.start(service.name, uvicorn_command(service.app, port), port, environment)
 

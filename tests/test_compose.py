@@ -98,9 +98,9 @@ def test_the_overlay_goes_over_whatever_there_is(monkeypatch: pytest.MonkeyPatch
     """``--observe`` adds one file to those of .env or of the shell, once."""
     overlay = "deploy/compose/docker-compose.observe.yml"
     monkeypatch.delenv("COMPOSE_FILE", raising=False)
-    assert stack.observed() == {"COMPOSE_FILE": f"deploy/compose/docker-compose.yml:{overlay}"}
+    assert stack.overlaid("observe") == {"COMPOSE_FILE": f"deploy/compose/docker-compose.yml:{overlay}"}
     monkeypatch.setenv("COMPOSE_FILE", f"{overlay}:a.yml:b.yml")
-    assert stack.observed() == {"COMPOSE_FILE": f"a.yml:b.yml:{overlay}"}
+    assert stack.overlaid("observe") == {"COMPOSE_FILE": f"a.yml:b.yml:{overlay}"}
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

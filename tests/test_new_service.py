@@ -46,6 +46,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("edge", "8004", "'edge' is taken"),
         ("prometheus", "8004", "'prometheus' is taken"),
         ("consul-ui", "8004", "'consul-ui' is taken"),
+        ("keeper", "8004", "'keeper' is taken"),
         ("registry", "8004", "'registry' is taken"),
         ("tests", "8004", "'tests' is taken"),
         ("httpx", "8004", "'httpx' is taken"),
@@ -125,7 +126,11 @@ def test_the_new_services_pass_every_check(made: Path, consul_binary: Path) -> N
     succeed(made, "-m", "nox", "-s", "lock")
     assert (made / "requirements.lock").read_text() == lock
     tables = ("service_variables_are_documented", "dependencies_are_all_explained", "links_lead_somewhere")
-    tests = ["tests/test_compose.py", *(f"tests/test_docs_tables.py::test_{name}" for name in tables)]
+    tests = [
+        "tests/test_compose.py",
+        "tests/test_locked.py",
+        *(f"tests/test_docs_tables.py::test_{name}" for name in tables),
+    ]
     page = "tests/test_docs.py::test_code_and_commands_run[services/gift_cards/README.md]"
     succeed(made, f"{tools}/python", "-m", "pytest", *tests, page, CONSUL_BIN=str(consul_binary))
 
@@ -142,6 +147,8 @@ def test_the_containers_have_the_new_service(made: Path) -> None:
         "${EDGE_ADDRESS:-127.0.0.1}:${BILLING_PORT:-8004}:8004",
         "${EDGE_ADDRESS:-127.0.0.1}:${GIFT_CARDS_PORT:-8005}:8005",
     ]
+    locked = yaml.safe_load((made / COMPOSE.replace(".yml", ".locked.yml")).read_text())["services"]
+    assert locked["billing"]["environment"] == locked["research"]["environment"]
     observed = yaml.safe_load((made / COMPOSE.replace(".yml", ".observe.yml")).read_text())["services"]
     assert observed["billing"] == observed["gift_cards"] == observed["research"]
 

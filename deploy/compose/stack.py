@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tools.services import ROOT
 
@@ -27,7 +27,7 @@ __all__ = [
     "compose_command",
     "has_images",
     "image_label",
-    "observed",
+    "overlaid",
     "read_env",
 ]
 
@@ -61,7 +61,7 @@ class Container:
     number: str
     """Which of its replicas, from 1."""
     state: str
-    """``running``, ``exited``, ``restarting``, ..."""
+    """``running``, ``exited``, ``restarting``, ...; ``done``: a job that ended well, and is not started again."""
     health: str
     """``starting``, ``healthy``, ``unhealthy``; empty: not checked."""
     address: str
@@ -80,17 +80,25 @@ class Stack:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._command = compose_command()
+        self.command = compose_command()
 
     def compose(self, *arguments: str) -> None:
         """Runs Compose, its output shown as it comes. Raises: StackError."""
-        done = subprocess.run([*self._command, *arguments], cwd=ROOT, env=self.environment(), check=False)
+        done = subprocess.run([*self.command, *arguments], cwd=ROOT, env=self.environment(), check=False)
         if done.returncode != 0:
-            raise StackError(f"`{shlex.join([*self._command, *arguments])}` failed, see above.")
+            raise StackError(f"`{shlex.join([*self.command, *arguments])}` failed, see above.")
 
     def ask(self, *arguments: str) -> str:
         """What Compose answers on standard output. Raises: StackError."""
-        return _ask([*self._command, *arguments], self.environment())
+        return _ask([*self.command, *arguments], self.environment())
+
+    def job(self, name: str, *, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None) -> None:
+        """Runs a job of the keeper, for the locked deployment; what it says is shown. Raises: StackError."""
+        command = [*self.command, "run", "--rm", "--no-deps", "-T", "keeper", name]
+        source: Any = subprocess.DEVNULL if stdin is None else stdin
+        done = subprocess.run(command, cwd=ROOT, env=self.environment(), stdin=source, stdout=stdout, check=False)
+        if done.returncode != 0:
+            raise StackError(f"the keeper's job {name!r} failed, see above.")
 
     def address(self, service: str, port: int) -> str:
         """``host:port`` under which this machine reaches a published port. Raises: StackError."""
@@ -103,6 +111,12 @@ class Stack:
         done = subprocess.run(["docker", "inspect", *ids], capture_output=True, text=True, check=False) if ids else None
         found: list[dict[str, Any]] = json.loads(done.stdout) if done else []
         return sorted(map(_container, found), key=lambda container: (container.service, container.name))
+
+    def volumes(self) -> list[str]:
+        """The names of this project's volumes, in the engine. Raises: StackError."""
+        project = self.environment().get("COMPOSE_PROJECT_NAME") or read_env(ROOT / ".env")["COMPOSE_PROJECT_NAME"]
+        label = f"label=com.docker.compose.project={project}"
+        return _ask(["docker", "volume", "ls", "-q", "--filter", label]).split()
 
     def logs(self, container: Container, lines: int = 15) -> str:
         """The last lines that a container logged."""
@@ -125,10 +139,15 @@ def _container(found: dict[str, Any]) -> Container:
         name=found["Name"].lstrip("/"),
         service=labels["com.docker.compose.service"],
         number=labels["com.docker.compose.container-number"],
-        state=found["State"]["Status"],
+        state="done" if _is_done(found) else found["State"]["Status"],
         health=found["State"].get("Health", {}).get("Status", ""),
         address=next((networks[name]["IPAddress"] for name in names if networks[name]["IPAddress"]), ""),
     )
+
+
+def _is_done(found: dict[str, Any]) -> bool:
+    restarts = found["HostConfig"]["RestartPolicy"]["Name"] not in {"", "no"}
+    return not restarts and (found["State"]["Status"], found["State"]["ExitCode"]) == ("exited", 0)
 
 
 def compose_command() -> list[str]:
@@ -146,12 +165,12 @@ def compose_command() -> list[str]:
     raise StackError(_NO_COMPOSE)
 
 
-def observed() -> dict[str, str]:
-    """The variables that put docker-compose.observe.yml over the files that Compose would read."""
+def overlaid(*overlays: str) -> dict[str, str]:
+    """The variables that put these overlays, such as ``observe``, over the files that Compose would read."""
     files = os.environ.get("COMPOSE_FILE") or read_env(ROOT / ".env")["COMPOSE_FILE"]
     separator = os.environ.get("COMPOSE_PATH_SEPARATOR", os.pathsep)
-    overlay = str((HERE / "docker-compose.observe.yml").relative_to(ROOT))
-    return {"COMPOSE_FILE": separator.join([*(file for file in files.split(separator) if file != overlay), overlay])}
+    added = [str((HERE / f"docker-compose.{overlay}.yml").relative_to(ROOT)) for overlay in overlays]
+    return {"COMPOSE_FILE": separator.join([*(file for file in files.split(separator) if file not in added), *added])}
 
 
 def check_engine() -> None:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.live import Live
 
 from deploy.compose.images import choose_images
-from deploy.compose.stack import Stack, StackError, check_engine, check_password, observed
+from deploy.compose.reach import consul_of
+from deploy.compose.stack import Stack, StackError, check_engine, check_password, overlaid
 from deploy.compose.view import Row, rows, table
 from registry import ServiceRegistry
 from registry.testing.agent import ConsulNotFoundError
@@ -24,6 +25,10 @@ _PAUSE = 0.2
 """Seconds between two looks."""
 _COLLECTORS = {"Prometheus": 9090, "Jaeger": 16686}
 """Name → the container's port."""
+_HOW_TO_ENTER = """\
+  Its UI asks for a token, which may read and nothing else. To see it: docker-compose exec consul cat /secrets/token
+  orchestrator-api asks callers for a token; one for an hour:   docker-compose run --rm -T keeper pass --subject you
+  Your browser does not know who signed for it. To see who did:       docker-compose exec consul cat /secrets/ca.pem"""
 _CARD = {
     "title": "Consul knows who is healthy",
     "content": "Every service registers with Consul, which checks its health and forgets it when it fails.",
@@ -36,14 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nox -s up --", description=__doc__)
     parser.add_argument("--backends", type=int, default=3, help="how many replicas of backend-api (default: 3)")
     parser.add_argument("--observe", action="store_true", help="with Prometheus and Jaeger")
+    parser.add_argument("--locked", action="store_true", help="with tokens, TLS and three servers of Consul")
     options = parser.parse_args(arguments)
+    if options.locked and options.observe:
+        parser.error("--observe and --locked: Prometheus has no token yet; take one of them")
     console = Console()
     try:
         check_password()
         check_engine()
         images = choose_images(console.print, observe=options.observe)
-        stack = Stack(images | observed() if options.observe else images)
-        _up(stack, options.backends, options.observe, console)
+        overlays = [name for name in ("observe", "locked") if getattr(options, name)]
+        _up(Stack(images | overlaid(*overlays)), options, console)
     except (StackError, ConsulNotFoundError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -52,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _up(stack: Stack, backends: int, observe: bool, console: Console) -> None:
+def _up(stack: Stack, options: argparse.Namespace, console: Console) -> None:
+    observe: bool = options.observe
     begun = time.monotonic()
-    stack.compose("up", "-d", "--build", "--remove-orphans", "--scale", f"backend={backends}")
+    stack.compose("up", "-d", "--build", "--remove-orphans", "--scale", f"backend={options.backends}")
     consul = stack.address("consul", 8500)
     edge = {service.name: stack.address("edge", service.port) for service in SERVICES}
-    host, port = consul.rsplit(":", 1)
     with (
-        ServiceRegistry(host, int(port)) as registry,
+        consul_of(stack, locked=options.locked) as registry,
         httpx.Client(timeout=5.0, trust_env=False) as http,
         Live(console=console, refresh_per_second=4) as live,
     ):
@@ -69,6 +77,9 @@ def _up(stack: Stack, backends: int, observe: bool, console: Console) -> None:
         addresses = {name: stack.address(name.lower(), port) for name, port in _COLLECTORS.items()} if observe else {}
         if observe:
             start.wait_for_prometheus(addresses["Prometheus"])
+        if options.locked:
+            token = stack.ask("run", "--rm", "--no-deps", "-T", "keeper", "pass", "--subject", "up").strip()
+            http.headers["Authorization"] = f"Bearer {token}"
         card = start.publish()
         start.call_backend(10)
     if not console.is_terminal:
@@ -76,7 +87,9 @@ def _up(stack: Stack, backends: int, observe: bool, console: Console) -> None:
     console.print(f"Published through the edge: card {card['id']}, {card['title']!r}.", soft_wrap=True)
     for service, address in edge.items():
         console.print(f"{service:<17} http://{address}/docs", soft_wrap=True)
-    console.print(f"{'Consul':<17} http://{consul}/ui", soft_wrap=True)
+    console.print(f"{'Consul':<17} {'https' if options.locked else 'http'}://{consul}/ui", soft_wrap=True)
+    if options.locked:
+        console.print(_HOW_TO_ENTER, soft_wrap=True, highlight=False)
     console.print(f"{'Topology':<17} http://{stack.address('edge', 8090)}/", soft_wrap=True)
     for name, address in addresses.items():
         console.print(f"{name:<17} http://{address}", soft_wrap=True)

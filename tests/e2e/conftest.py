@@ -82,7 +82,7 @@ def system(request: pytest.FixtureRequest, folder: Path) -> Iterator[System]:
         pytest.exit(str(error), returncode=1)
     with capture.global_and_fixture_disabled():
         images = choose_images(print)
-        context = running(images, folder)
+        context = running(System(images, folder))
         entered = context.__enter__()
     try:
         yield entered

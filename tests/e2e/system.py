@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import docker
 import httpx
@@ -25,6 +25,7 @@ from tools.services import ROOT, SERVICES, Service
 PROJECT = "registry-e2e"
 NETWORK = f"{PROJECT}_default"
 """The services', in which they are registered."""
+FILES = (HERE / "docker-compose.yml", HERE / "docker-compose.e2e.yml")
 PASSWORD = "p@ss/50%:#"
 """Of the database: what would have to be escaped in a URL."""
 BACKENDS = 3
@@ -83,7 +84,8 @@ class Replica:
         """In the services' network; empty while it is not in it."""
         self.container.reload()
         networks = self.container.attrs["NetworkSettings"]["Networks"]
-        return str(networks.get(NETWORK, {}).get("IPAddress", ""))
+        project = self.container.labels["com.docker.compose.project"]
+        return str(networks.get(f"{project}_default", {}).get("IPAddress", ""))
 
     @property
     def instance(self) -> str:
@@ -112,7 +114,12 @@ class Replica:
 
 
 class System:
-    """One Compose project with the fault overlay; made by `running`."""
+    """One Compose project with the fault overlay; `running` brings it up."""
+
+    project = PROJECT
+    files: tuple[Path, ...] = FILES
+    registry: ServiceRegistry
+    """How Consul is asked; made by `connect`."""
 
     def __init__(self, images: Mapping[str, str], folder: Path) -> None:
         """``folder``: for the journals and logs."""
@@ -126,11 +133,10 @@ class System:
         self.engine = docker.from_env()
         self.dns_port, ui_port, topology_port, *ports = free_ports(3 + len(SERVICES))
         published = {f"{service.folder.upper()}_PORT": port for service, port in zip(SERVICES, ports, strict=True)}
-        files = [HERE / "docker-compose.yml", HERE / "docker-compose.e2e.yml"]
         self.stack = Stack(
             {
-                "COMPOSE_PROJECT_NAME": PROJECT,
-                "COMPOSE_FILE": os.pathsep.join(str(file.relative_to(ROOT)) for file in files),
+                "COMPOSE_PROJECT_NAME": self.project,
+                "COMPOSE_FILE": os.pathsep.join(str(file.relative_to(ROOT)) for file in self.files),
                 "NETWORK_PREFIX": self._free_prefix(),
                 "CONSUL_UI_PORT": str(ui_port),
                 "TOPOLOGY_PORT": str(topology_port),
@@ -141,10 +147,11 @@ class System:
                 **images,
             }
         )
+        self.password = PASSWORD
+        self.consul_port = ui_port
         self.consul = f"http://127.0.0.1:{ui_port}"
         self.page = f"http://127.0.0.1:{topology_port}"
         self.edge = {service.name: f"http://127.0.0.1:{port}" for service, port in zip(SERVICES, ports, strict=True)}
-        self.registry = ServiceRegistry("127.0.0.1", ui_port)
         self.http = httpx.Client(timeout=10.0, trust_env=False)
 
     def _free_prefix(self) -> str:
@@ -162,11 +169,24 @@ class System:
         # First, for the client runs the image of a service and has none to build.
         self.stack.compose("build")
         self.stack.compose("up", "-d", "--remove-orphans", "--scale", f"backend={BACKENDS}")
+        self.connect()
         self.settle()
+
+    def connect(self) -> None:
+        """Finds the way to Consul, which runs by now."""
+        self.registry = ServiceRegistry("127.0.0.1", self.consul_port)
 
     def down(self) -> None:
         """Removes every container, network and volume of the project."""
         self.stack.compose("down", "--volumes", "--remove-orphans", "--timeout", "10")
+
+    def close(self) -> None:
+        """Leaves nothing of it."""
+        self.http.close()
+        if hasattr(self, "registry"):
+            self.registry.close()
+        self.down()
+        self.engine.close()
 
     def container(self, name: str) -> Container:
         """The one container of this service of the compose file, stopped or not."""
@@ -179,7 +199,7 @@ class System:
 
     def containers(self, name: str | None = None) -> list[Container]:
         """All of the project, or of one service of the compose file, stopped ones too, by name."""
-        labels = [f"com.docker.compose.project={PROJECT}"]
+        labels = [f"com.docker.compose.project={self.project}"]
         labels += [f"com.docker.compose.service={name}"] if name else []
         found = self.engine.containers.list(all=True, filters={"label": labels})
         return sorted(found, key=lambda container: str(container.name))
@@ -272,7 +292,7 @@ class System:
 
     def _query(self, statement: str) -> str:
         psql = ["psql", "-h", "127.0.0.1", "-U", "registry", "-At", "-c", statement]
-        return run_in(self.container("postgres"), *psql, PGPASSWORD=PASSWORD, PGOPTIONS="-c statement_timeout=15s")
+        return run_in(self.container("postgres"), *psql, PGPASSWORD=self.password, PGOPTIONS="-c statement_timeout=15s")
 
     def keep_logs(self, folder: str) -> None:
         """Writes what every container has logged into a folder of this name."""
@@ -283,10 +303,12 @@ class System:
                 file.write(container.logs(timestamps=True))
 
 
+AnySystem = TypeVar("AnySystem", bound=System)
+
+
 @contextmanager
-def running(images: Mapping[str, str], folder: Path) -> Iterator[System]:
+def running(system: AnySystem) -> Iterator[AnySystem]:
     """The system, up and working; nothing of it is left when the context ends, whatever happened."""
-    system = System(images, folder)
     try:
         system.up()
         yield system
@@ -294,7 +316,4 @@ def running(images: Mapping[str, str], folder: Path) -> Iterator[System]:
         system.keep_logs("at the end")
         raise
     finally:
-        system.http.close()
-        system.registry.close()
-        system.down()
-        system.engine.close()
+        system.close()

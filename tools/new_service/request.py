@@ -18,7 +18,7 @@ _LONGEST = 24
 _STANDARD_PORTS = {5432: "Postgres", 8404: "the edge"} | dict.fromkeys(
     [*range(8300, 8303), *range(8500, 8504), 8600], "Consul"
 )
-_COMPOSE = ("deploy/compose/docker-compose.yml", "deploy/compose/docker-compose.observe.yml")
+_COMPOSE = tuple(f"deploy/compose/docker-compose{overlay}.yml" for overlay in ("", ".observe", ".locked"))
 
 
 class RequestError(Exception):

@@ -14,6 +14,8 @@ MARKS = {
     "pyproject.toml": ("mypy_path", "root_packages", "independent"),
     "deploy/compose/docker-compose.yml": ("compose", "edge_port"),
     "deploy/compose/docker-compose.observe.yml": ("observe",),
+    "deploy/compose/docker-compose.locked.yml": ("locked", "locked_reader", "locked_volume"),
+    "deploy/compose/keeper/grants.py": ("calls",),
     "deploy/compose/haproxy.cfg": ("edge",),
     "README.md": ("readme",),
 }

@@ -127,6 +127,23 @@ async def test_no_verification_on_request(environment: Callable[..., None], serv
     await works(service_name)
 
 
+def test_an_authority_that_joins_the_file_counts(
+    environment: Callable[..., None], agent: Reachable, tmp_path: Path
+) -> None:
+    """Without a restart, a certificate of an authority that came into CONSUL_CACERT later is accepted."""
+    file, new = tmp_path / "ca.pem", tmp_path / "new.pem"
+    trustme.CA().cert_pem.write_to_path(file)
+    environment(CONSUL_CACERT=file)
+    with ServiceRegistry(settings=ConsulSettings()) as registry:
+        with pytest.raises(RegistryUnavailableError, match="CONSUL_CACERT"):
+            registry.discover_all_services()
+        new.write_bytes(file.read_bytes() + (agent.certificates / "ca.pem").read_bytes())
+        new.replace(file)
+        assert "consul" in registry.discover_all_services()
+        file.unlink()
+        assert "consul" in registry.discover_all_services()
+
+
 @pytest.mark.parametrize(
     ("variables", "advice"),
     [

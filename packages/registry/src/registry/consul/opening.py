@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from registry.consul.tls import tls_context
+from registry.consul.tls import Trust
 from registry.settings import ConsulSettings
 
 __all__ = ["async_client", "base_url", "server_name", "sync_client"]
@@ -12,16 +12,27 @@ __all__ = ["async_client", "base_url", "server_name", "sync_client"]
 
 def sync_client(settings: ConsulSettings) -> httpx.Client:
     """Blocks, and is thread-safe."""
-    return httpx.Client(transport=httpx.HTTPTransport(**_transport(settings)), **_options(settings))
+    trust = _trust(settings)
+
+    def refresh(_: httpx.Request) -> None:
+        if trust:
+            trust.refresh()
+
+    transport = httpx.HTTPTransport(**_transport(settings, trust))
+    return httpx.Client(transport=transport, event_hooks={"request": [refresh]}, **_options(settings))
 
 
 def async_client(settings: ConsulSettings) -> httpx.AsyncClient:
     """Belongs to one event loop."""
+    trust = _trust(settings)
+
+    async def refresh(_: httpx.Request) -> None:
+        if trust:
+            trust.refresh()
+
     # A parked watch holds its connection: a pool limit would starve every call behind it.
-    limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(
-        transport=httpx.AsyncHTTPTransport(limits=limits, **_transport(settings)), **_options(settings)
-    )
+    transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None), **_transport(settings, trust))
+    return httpx.AsyncClient(transport=transport, event_hooks={"request": [refresh]}, **_options(settings))
 
 
 def base_url(settings: ConsulSettings) -> str:
@@ -43,8 +54,12 @@ def _options(settings: ConsulSettings) -> dict[str, Any]:
     }
 
 
-def _transport(settings: ConsulSettings) -> dict[str, Any]:
+def _trust(settings: ConsulSettings) -> Trust | None:
+    return Trust(settings) if settings.scheme == "https" else None
+
+
+def _transport(settings: ConsulSettings, trust: Trust | None) -> dict[str, Any]:
     return {
-        "verify": tls_context(settings) if settings.scheme == "https" else False,
+        "verify": trust.context if trust else False,
         "uds": None if settings.socket is None else str(settings.socket),
     }

@@ -1,12 +1,42 @@
 """TLS towards Consul: what is trusted and presented, and what to do when it fails."""
 
 import ssl
+from contextlib import suppress
 from pathlib import Path
 
 from registry.errors import InvalidInputError
 from registry.settings import ConsulSettings
 
-__all__ = ["tls_advice", "tls_context"]
+__all__ = ["Trust", "tls_advice", "tls_context"]
+
+
+class Trust:
+    """The TLS context of one client. An authority that joins those in ``CONSUL_CACERT`` counts at the next request.
+
+    One that leaves them is trusted until this process ends: connections and handshakes under way rely on it.
+    Raises: InvalidInputError, when a file can't be used.
+    """
+
+    def __init__(self, settings: ConsulSettings) -> None:
+        self._file = settings.ca_file
+        self._stamp = self._stamp_now()
+        self.context = tls_context(settings)
+
+    def refresh(self) -> None:
+        """Reads the file again if it was replaced. Blocks briefly; what can't be read is left for the next time."""
+        stamp = self._stamp_now()
+        if stamp is None or stamp == self._stamp:
+            return
+        with suppress(OSError):
+            self.context.load_verify_locations(self._file)
+            self._stamp = stamp
+
+    def _stamp_now(self) -> tuple[int, int] | None:
+        with suppress(OSError):
+            if self._file is not None:
+                found = self._file.stat()
+                return found.st_ino, found.st_mtime_ns
+        return None
 
 
 def tls_context(settings: ConsulSettings) -> ssl.SSLContext:
