@@ -22,6 +22,7 @@ from registry.presence.health import ROOT, Check, DegradedError, find_state, hea
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.shedding import Shedding, shedding_of
 from registry.state import STATE_PATH, state_router
 from registry.telemetry import Journal, Observer, Observers
 
@@ -94,7 +95,11 @@ def lifespan(
             caller.observe(told)
             await resolver.start()
             registrar = Registrar(settings, connection, about=_about(app), observer=told)
-            stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            shedding = shedding_of(settings)
+            if shedding is not None:
+                stack.enter_context(shedding)
+            parts = {"registrar": registrar, "discovery_client": caller, "journal": journal, "shedding": shedding}
+            stack.enter_context(_known(app, **parts))
             set_fields("registrar", lambda: {"instance": registrar.instance_id})
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
@@ -142,7 +147,8 @@ class RegistryMiddleware:
     A request whose deadline has passed gets 504 at once, and the app never sees it. The calls that a
     ServiceDiscoveryClient makes for a request inherit its deadline (until the response begins) and its retry marker
     (until the response is complete). ``trust_caller=False`` ignores both headers: use it for a service that strangers
-    can call. A request whose body arrives too slowly gets 408 (``registry.limits``).
+    can call. A request whose body arrives too slowly gets 408 (``registry.limits``). What the settings say is too much
+    gets 503 or 429 at once (``registry.shedding``).
     """
 
     def __init__(self, app: ASGIApp, *, trust_caller: bool = True) -> None:
@@ -200,6 +206,9 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
 
 
 async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    shedding: Shedding | None = find_state(scope, "shedding")
+    if shedding is not None and scope["type"] == "http":
+        app = partial(shedding.serve, app)
     registrar: Registrar | None = find_state(scope, "registrar")
     if scope["type"] != "http" or registrar is None or registrar.instance_id is None:
         await app(scope, receive, send)
