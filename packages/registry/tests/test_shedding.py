@@ -61,7 +61,7 @@ def client(shedding: Shedding, app: ASGIApp, caller: str | None = None, root: st
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
