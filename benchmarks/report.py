@@ -22,6 +22,7 @@ OVERHEADS = {
     "unsampled": "tracing a call, not sampled",
     "sampled": "tracing a call, sampled",
     "middleware": "`RegistryMiddleware`, a GET",
+    "middleware that sheds": "the same, with all of its limits set and none reached",
     "middleware, with a body": "`RegistryMiddleware`, a POST with a body",
 }
 """What is measured, in words."""
