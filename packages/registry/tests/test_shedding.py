@@ -14,13 +14,14 @@ import uvloop
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
+from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry import ConsulSettings, InvalidInputError, ServiceSettings
 from registry.discovery.advice import NOT_EXECUTED_HEADER
 from registry.fastapi import RegistryMiddleware, health_router, lifespan, state_router
 from registry.metrics import metrics_router
-from registry.shedding import Shedding, _Bucket, _Lag, caller_of, shedding_of
+from registry.shedding import Shedding, _Bucket, _Lag, caller_of, shedding
 from registry.testing.fixtures import ConsulAgent
 from registry.testing.ports import free_ports
 from tests.support.command import found, wait_until
@@ -243,7 +244,10 @@ def test_no_name_is_none(scope: dict[str, Any]) -> None:
 
 def test_nothing_is_shed_unless_asked_for() -> None:
     """By default requests are not even counted."""
-    assert shedding_of(settings()) is None
+    state = State()
+    with shedding(state, settings()):
+        assert state.shedding is None
+    assert not hasattr(state, "shedding")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +262,13 @@ def test_nothing_is_shed_unless_asked_for() -> None:
 def test_variables_ask_for_it(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     """Each of them alone."""
     monkeypatch.setenv(variable, value)
-    assert shedding_of(settings()) is not None
+    state = State()
+
+    async def run() -> None:
+        with shedding(state, settings()):
+            assert isinstance(state.shedding, Shedding)
+
+    asyncio.run(run())
 
 
 def test_rates_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

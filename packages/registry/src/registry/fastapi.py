@@ -22,7 +22,7 @@ from registry.presence.health import ROOT, Check, DegradedError, find_state, hea
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
-from registry.shedding import Shedding, shedding_of
+from registry.shedding import Shedding, shedding
 from registry.state import STATE_PATH, state_router
 from registry.telemetry import Journal, Observer, Observers
 
@@ -95,11 +95,8 @@ def lifespan(
             caller.observe(told)
             await resolver.start()
             registrar = Registrar(settings, connection, about=_about(app), observer=told)
-            shedding = shedding_of(settings)
-            if shedding is not None:
-                stack.enter_context(shedding)
-            parts = {"registrar": registrar, "discovery_client": caller, "journal": journal, "shedding": shedding}
-            stack.enter_context(_known(app, **parts))
+            stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            stack.enter_context(shedding(app.state, settings))
             set_fields("registrar", lambda: {"instance": registrar.instance_id})
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
@@ -206,9 +203,9 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
 
 
 async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    shedding: Shedding | None = find_state(scope, "shedding")
-    if shedding is not None and scope["type"] == "http":
-        app = partial(shedding.serve, app)
+    sheds: Shedding | None = find_state(scope, "shedding")
+    if sheds is not None and scope["type"] == "http":
+        app = partial(sheds.serve, app)
     registrar: Registrar | None = find_state(scope, "registrar")
     if scope["type"] != "http" or registrar is None or registrar.instance_id is None:
         await app(scope, receive, send)

@@ -4,9 +4,12 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
+from starlette.datastructures import State
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -15,7 +18,7 @@ from registry.logs import POLLED
 from registry.problems import problem
 from registry.settings import ServiceSettings
 
-__all__ = ["Reason", "Shedding", "caller_of", "shedding_of"]
+__all__ = ["Reason", "Shedding", "caller_of", "shedding"]
 
 logger = logging.getLogger("registry")
 
@@ -41,9 +44,18 @@ def caller_of(scope: Scope) -> str | None:
     return None if caller is None else str(caller)
 
 
-def shedding_of(settings: ServiceSettings) -> "Shedding | None":
-    """What the settings ask for; None: nothing, and then requests pass without being looked at."""
-    return Shedding(settings) if settings.shed_lag or settings.max_in_flight or settings.caller_rate else None
+@contextmanager
+def shedding(state: State, settings: ServiceSettings) -> Iterator[None]:
+    """Within it, an app with this state sheds what the settings say is too much, if it has ``RegistryMiddleware``.
+
+    That finds it as ``state.shedding``; None: nothing is too much, and requests pass without being looked at.
+    """
+    asked = settings.shed_lag or settings.max_in_flight or settings.caller_rate
+    try:
+        with Shedding(settings) if asked else nullcontext() as state.shedding:
+            yield
+    finally:
+        del state.shedding
 
 
 class Shedding:
