@@ -132,8 +132,8 @@ class Shedding:
 class _Lag:
     """How late the event loop is: one timer, which tells by how much later than asked for it fires.
 
-    By the system's clock: uvloop's own stands still while a callback runs. "Exceeded" is meant as CoDel means it, for
-    as long again as the limit: one late turn, for a garbage collection say, is no overload.
+    By the system's clock, which is the same for every loop: uvloop counts milliseconds. "Exceeded" is meant as CoDel
+    means it, for as long again as the limit: one late turn, for a garbage collection say, is no overload.
     Source: RFC 8289, 3.2.
     """
 
