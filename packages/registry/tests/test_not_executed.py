@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -14,6 +14,7 @@ from registry import (
     DiscoveryTransport,
     EjectionPolicy,
     Endpoint,
+    EndpointState,
     Instance,
     RetryPolicy,
     ServiceDiscoveryClient,
@@ -85,6 +86,28 @@ async def test_not_executed_ejects_nobody() -> None:
         shedding = client.explain("cards").endpoints[0]
     assert (shedding.outcomes, shedding.failures, shedding.ejected_for) == ({"shed": 50}, 0, 0.0)
     assert (dict(shedding.ejections), shedding.last_failure) == ({}, None)
+
+
+async def test_one_that_sheds_is_there() -> None:
+    """An ejected instance that declines what it is tried with is back, on probation: one failure ejects it again."""
+    fleet = Fleet(a=(500, {}))
+    ejection = EjectionPolicy(failures=3, seconds=0.05, probe_interval=0.001)
+    async with fleet.client("abc", ejection=ejection, retry=RetryPolicy(budget_per_second=1_000.0)) as client:
+
+        async def until(condition: Callable[[EndpointState], bool]) -> EndpointState:
+            async with asyncio.timeout(10):
+                while not condition(state := client.explain("cards").endpoints[0]):
+                    assert (await client.get("cards", "/")).status_code == 200
+                    await asyncio.sleep(0.001)
+            return state
+
+        await until(lambda a: a.ejections == {"status": 1})
+        fleet.answers = {"a": (503, SHED)}
+        back = await until(lambda a: "shed" in a.outcomes)
+        assert back.ejected_because is None
+        fleet.answers = {"a": (500, {})}
+        again = await until(lambda a: a.ejections == {"status": 2})
+        assert again.outcomes["status"] == back.outcomes["status"] + 1
 
 
 async def test_one_that_sheds_is_picked_less() -> None:
