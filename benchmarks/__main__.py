@@ -11,6 +11,7 @@ import httpx
 from benchmarks.costs import consul_requests, pick_microseconds
 from benchmarks.failover import play
 from benchmarks.overhead import overheads, sync_microseconds
+from benchmarks.overload import overload
 from benchmarks.report import write
 from benchmarks.results import Results, environment
 from benchmarks.throughput import measure, targets
@@ -30,9 +31,9 @@ def run(quick: bool, rounds: int, seconds: float) -> Results:
         blocking = sync_microseconds(found[1], 10_000 if not quick else 100)
     overhead = overheads(400 if not quick else 5)
     picks = {size: asyncio.run(pick_microseconds(size, 2_000 if quick else 50_000)) for size in (3, 10_000)}
-    failover = play(quick)
+    failover, overloaded = play(quick), overload(quick)
     where["load after"] = f"{os.getloadavg()[0]:.1f}"
-    return Results(where, rounds, seconds, samples, picks, requests, overhead, blocking, failover)
+    return Results(where, rounds, seconds, samples, picks, requests, overhead, blocking, failover, overloaded)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from registry import (
     Instance,
     RetryPolicy,
     ServiceDiscoveryClient,
+    ServiceSettings,
     StaticResolver,
     SyncDiscoveryTransport,
 )
@@ -35,6 +36,7 @@ from registry.discovery.pool import Pool
 from registry.discovery.upstream import Upstream
 from registry.fastapi import RegistryMiddleware
 from registry.metrics import Metrics
+from registry.shedding import Shedding
 from registry.telemetry import Observer
 from registry.tracing import TracingObserver
 
@@ -124,8 +126,16 @@ def _providers() -> Mapping[str, TracerProvider]:
 
 async def _requests(turns: int) -> dict[str, float]:
     """A GET that carries a deadline, as callers here send it; and a POST with a body."""
-    async with _started(_app(bare=True)) as bare, _started(_app(bare=False)) as ours:
-        get = await _compare({"": lambda: _request(bare, "GET"), "middleware": lambda: _request(ours, "GET")}, turns)
+    shedding = _app(bare=False)
+    limits = ServiceSettings(name="bench", port=80, shed_lag=0.1, max_in_flight=1_000, caller_rate={"bench": 1e9})
+    shedding.state.shedding = Shedding(limits)
+    async with _started(_app(bare=True)) as bare, _started(_app(bare=False)) as ours, _started(shedding):
+        ways = {
+            "": lambda: _request(bare, "GET"),
+            "middleware": lambda: _request(ours, "GET"),
+            "middleware that sheds": lambda: _request(shedding, "GET"),
+        }
+        get = await _compare(ways, turns)
         post = await _compare(
             {"": lambda: _request(bare, "POST"), "middleware, with a body": lambda: _request(ours, "POST")}, turns
         )
@@ -188,7 +198,7 @@ async def _request(app: FastAPI, method: str) -> None:
         "raw_path": b"/api/cards/1",
         "query_string": b"",
         "root_path": "",
-        "state": {},
+        "state": {"caller": "bench"},
         "headers": headers,
         "client": ("127.0.0.1", 50_000),
         "server": ("127.0.0.1", 8002),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.clients import CLIENTS
 from benchmarks.overhead import PROMISED
+from benchmarks.overload import CALLERS, GOODPUT, PATIENCE
 from benchmarks.plot import plot
 from benchmarks.results import Results
 
@@ -21,6 +22,7 @@ OVERHEADS = {
     "unsampled": "tracing a call, not sampled",
     "sampled": "tracing a call, sampled",
     "middleware": "`RegistryMiddleware`, a GET",
+    "middleware that sheds": "the same, with all of its limits set and none reached",
     "middleware, with a body": "`RegistryMiddleware`, a POST with a body",
 }
 """What is measured, in words."""
@@ -93,6 +95,25 @@ def _page(results: Results) -> str:
                 for each in results.failover
             ),
         ),
+        "## Overload",
+        f"Two processes of backend-api on one core, a real Consul, and a caller on the other cores: searches, and one "
+        f"new card in ten. Capacity is what {CALLERS} callers without a pause get done. Then so many calls are begun "
+        f"each second whether or not others have ended, each with a deadline of {PATIENCE:g} s. Goodput is what was "
+        "answered by then, as a share of the capacity. Declined: attempts that got 503 at once and were not executed.",
+        _table(
+            ["", "capacity, calls/s", "offered", "goodput", "p50 ms", "p99 ms", "declined", "ejections", "other calls"],
+            (
+                (
+                    f"`{each.shedding}`" if each.shedding else "no shedding",
+                    *(f"{rate:,.0f}" for rate in (each.capacity, each.offered)),
+                    f"{each.goodput:.2f}",
+                    *(f"{milliseconds:,.0f}" for milliseconds in (each.p50, each.p99)),
+                    *(f"{count:,}" for count in (each.declined, each.ejections)),
+                    ", ".join(f"{name} {count:,}" for name, count in sorted(each.errors.items())) or "none",
+                )
+                for each in results.overload
+            ),
+        ),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -131,6 +152,16 @@ def _promises(results: Results) -> list[tuple[str, str, str, str]]:
             f"{sum(each.kept for each in results.failover)} of {len(results.failover)}",
             "all",
             _mark(all(each.kept for each in results.failover)),
+        ),
+        *(
+            (
+                "goodput at three times the capacity, shedding, by capacity",
+                f"{each.goodput:.2f}",
+                f"≥ {GOODPUT:g}",
+                _mark(each.goodput >= GOODPUT),
+            )
+            for each in results.overload
+            if each.shedding
         ),
     ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.failover import Outcome
+from benchmarks.overload import Overload
 from benchmarks.throughput import Sample
 
 __all__ = ["Results", "environment"]
@@ -35,6 +36,7 @@ class Results:
     blocking: dict[str, float]
     """Blocking client → µs of CPU per call."""
     failover: list[Outcome]
+    overload: list[Overload]
 
     def sizes(self) -> list[int]:
         """The numbers of instances, ascending."""

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from registry import RetryPolicy
 from registry.backoff import Backoff
+from registry.discovery.advice import retry_after
 from registry.discovery.blame import Failure
-from registry.discovery.retry import RetryBudget, is_idempotent, retry_after
+from registry.discovery.retry import RetryBudget, is_idempotent
 
 NOT_SENT, SENT, FINAL = Failure.NOT_SENT, Failure.SENT, Failure.FINAL
+NOT_EXECUTED, TOO_EARLY = Failure.NOT_EXECUTED, Failure.TOO_EARLY
 
 
 @pytest.mark.parametrize(
@@ -26,10 +28,18 @@ NOT_SENT, SENT, FINAL = Failure.NOT_SENT, Failure.SENT, Failure.FINAL
         (NOT_SENT, False, True, True),
         (NOT_SENT, True, False, False),
         (NOT_SENT, False, False, False),
+        (NOT_EXECUTED, True, True, True),
+        (NOT_EXECUTED, False, True, True),
+        (NOT_EXECUTED, True, False, False),
+        (NOT_EXECUTED, False, False, False),
         (SENT, True, True, True),
         (SENT, False, True, False),
         (SENT, True, False, False),
         (SENT, False, False, False),
+        (TOO_EARLY, True, True, True),
+        (TOO_EARLY, False, True, False),
+        (TOO_EARLY, True, False, False),
+        (TOO_EARLY, False, False, False),
         (FINAL, True, True, False),
         (FINAL, False, True, False),
         (FINAL, True, False, False),
@@ -37,7 +47,7 @@ NOT_SENT, SENT, FINAL = Failure.NOT_SENT, Failure.SENT, Failure.FINAL
     ],
 )
 def test_decision_table(failure: Failure, idempotent: bool, replayable: bool, allowed: bool) -> None:
-    """Each row: not sent may go again, sent only if idempotent, and never a body that can't be replayed."""
+    """Each row: what did nothing may go again, the rest only if idempotent; never a body that can't be replayed."""
     assert RetryPolicy().allows(failure, idempotent=idempotent, replayable=replayable) is allowed
 
 

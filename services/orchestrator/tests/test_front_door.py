@@ -139,12 +139,22 @@ async def test_enrich_is_repeated_because_it_only_reads(start: Start) -> None:
 async def test_an_upstream_4xx_passes_through(start: Start, status: int) -> None:
     """What the caller did wrong is for the caller to read: status, body, type and who said it."""
     body = {"detail": [{"loc": ["body", "title"], "msg": "too long"}]}
-    front = await start(answers(status, body, X_Service_Instance="backend-1", Retry_After="7"))
+    wait = "0" if status == 429 else "7"  # a 429 is waited for, before it is passed on
+    front = await start(answers(status, body, X_Service_Instance="backend-1", Retry_After=wait))
     answer = await front.post("/api/publish", json=CARD)
     assert (answer.status_code, answer.json()) == (status, body)
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.headers["X-Upstream-Instance"] == "backend-1"
-    assert answer.headers["Retry-After"] == "7"
+    assert answer.headers["Retry-After"] == wait
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_what_an_upstream_declined_is_not_declined_by_us(start: Start, status: int) -> None:
+    """Who is told that nothing was executed may send it anywhere again; only the upstream can say so of itself."""
+    front = await start(answers(status, {}, X_Not_Executed="lag", Retry_After="0"))
+    answer = await front.post("/api/publish", json=CARD)
+    assert answer.status_code == status
+    assert "X-Not-Executed" not in answer.headers
 
 
 async def test_a_4xx_that_is_no_json_passes_through(start: Start) -> None:

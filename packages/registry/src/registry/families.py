@@ -93,6 +93,12 @@ FAMILIES = (
         "Time since the registry last answered without an error; +Inf: it never has",
     ),
     Family("registry_watch_errors_total", "counter", ("service",), "Queries that the registry has not answered"),
+    Family(
+        "registry_shed_total",
+        "counter",
+        ("reason",),
+        "Requests to this service that were declined and not executed: lag, in-flight (503), or rate (429)",
+    ),
     Family("registry_registered", "gauge", (), "1 while this service is registered"),
     Family("registry_registrations_total", "counter", ("reason",), "How often this service registered, and why"),
 )

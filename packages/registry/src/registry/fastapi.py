@@ -22,6 +22,7 @@ from registry.presence.health import ROOT, Check, DegradedError, find_state, hea
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
+from registry.shedding import Shedding, shedding
 from registry.state import STATE_PATH, state_router
 from registry.telemetry import Journal, Observer, Observers
 
@@ -95,6 +96,7 @@ def lifespan(
             await resolver.start()
             registrar = Registrar(settings, connection, about=_about(app), observer=told)
             stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            stack.enter_context(shedding(app.state, settings))
             set_fields("registrar", lambda: {"instance": registrar.instance_id})
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
@@ -142,7 +144,8 @@ class RegistryMiddleware:
     A request whose deadline has passed gets 504 at once, and the app never sees it. The calls that a
     ServiceDiscoveryClient makes for a request inherit its deadline (until the response begins) and its retry marker
     (until the response is complete). ``trust_caller=False`` ignores both headers: use it for a service that strangers
-    can call. A request whose body arrives too slowly gets 408 (``registry.limits``).
+    can call. A request whose body arrives too slowly gets 408 (``registry.limits``). What the settings say is too much
+    gets 503 or 429 at once (``registry.shedding``).
     """
 
     def __init__(self, app: ASGIApp, *, trust_caller: bool = True) -> None:
@@ -200,6 +203,9 @@ async def _within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: S
 
 
 async def _sign(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    sheds: Shedding | None = find_state(scope, "shedding")
+    if sheds is not None and scope["type"] == "http":
+        app = partial(sheds.serve, app)
     registrar: Registrar | None = find_state(scope, "registrar")
     if scope["type"] != "http" or registrar is None or registrar.instance_id is None:
         await app(scope, receive, send)

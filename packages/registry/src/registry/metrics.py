@@ -19,6 +19,7 @@ from registry.extras import extra
 from registry.families import BUCKETS, FAMILIES, METHODS, MOST_INSTANCES, OTHER, Family, Histogram, Series
 from registry.presence.health import find_state
 from registry.presence.registrar import Registrar
+from registry.shedding import Shedding
 from registry.telemetry import ObservedAttempt, ObservedCall, Observer
 
 with extra("metrics"):
@@ -44,9 +45,15 @@ class Metrics(Observer, Collector):
     ``prometheus_client.REGISTRY.register(metrics)``.
     """
 
-    def __init__(self, explain_all: Callable[[], Iterable[Explanation]], registrar: Registrar | None = None) -> None:
+    def __init__(
+        self,
+        explain_all: Callable[[], Iterable[Explanation]],
+        registrar: Registrar | None = None,
+        shedding: Shedding | None = None,
+    ) -> None:
         self._explain_all = explain_all
         self._registrar = registrar
+        self._shedding = shedding
         self.service = registrar.standing.service if registrar else "unknown_service"
         """Which one this is."""
         self._attempts = _Histograms()
@@ -88,6 +95,8 @@ class Metrics(Observer, Collector):
             values["registry_registered"][()] = int(standing.registered)
             for reason, times in standing.registrations.items():
                 values["registry_registrations_total"][reason,] = times
+        for reason, times in self._shedding.counts.items() if self._shedding else ():
+            values["registry_shed_total"][reason,] = times
         histograms = {
             "http_client_request_duration_seconds": self._attempts.labelled(services, _status_or_error),
             "registry_call_duration_seconds": self._calls.labelled(services, lambda outcome: (str(outcome),)),
@@ -213,7 +222,7 @@ def metrics_router() -> APIRouter:
         registry.register(REGISTRY)
         client, metrics = getattr(app.state, "discovery_client", None), None
         if client is not None:
-            metrics = Metrics(client.explain_all, app.state.registrar)
+            metrics = Metrics(client.explain_all, app.state.registrar, app.state.shedding)
             registry.register(metrics)
             client.observe(metrics)
         app.state.metrics = registry

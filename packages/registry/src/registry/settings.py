@@ -15,6 +15,7 @@ from registry.validation import (
     check_meta,
     check_path,
     check_port,
+    check_rates,
     check_service,
     check_tag,
 )
@@ -67,6 +68,12 @@ class ServiceSettings(BaseSettings):
     """Attempts of a call in total, the first included."""
     call_deadline: float | None = Field(default=None, gt=0, le=7_200)
     """Seconds that a call may take with all its attempts; unset: twice ``call_timeout``."""
+    shed_lag: float = Field(default=0.0, ge=0, le=10)
+    """Seconds: while the event loop has been later than this for as long again, requests get 503; 0: never."""
+    max_in_flight: int = Field(default=0, ge=0)
+    """Requests in progress beyond which further ones get 503; 0: no limit."""
+    caller_rate: Annotated[dict[str, float], NoDecode, BeforeValidator(check_rates)] = Field(default_factory=dict)
+    """Caller → requests a second that each process takes from it, and a second's worth at once; beyond: 429."""
     drain_seconds: float = Field(default=1.5, ge=0, le=60)
     """How long the service keeps serving after it has left Consul on SIGTERM, in seconds."""
     health_check_interval: float = Field(default=10.0, ge=0.5, le=86_400)

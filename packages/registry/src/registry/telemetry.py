@@ -34,12 +34,12 @@ logger = logging.getLogger("registry")
 CallOutcome: TypeAlias = Literal["ok", "status", "no_instance", "failing_fast", "deadline", "cancelled", "error"]
 """``status``: an answer of 400 or above. ``error``: what the last attempt raised, or the source of the body."""
 AttemptOutcome: TypeAlias = Literal[
-    "ok", "status", "refused", "connect_timeout", "timeout", "broken", "not_sent", "cancelled", "error"
+    "ok", "status", "shed", "refused", "connect_timeout", "timeout", "broken", "not_sent", "cancelled", "error"
 ]
-"""``status``: an answer that counts as a failure, by default a 5xx. ``cancelled``: by the caller, or a hedge that lost.
+"""``status``: an answer that counts as a failure, by default a 5xx. ``shed``: one that says it executed nothing.
 
-``not_sent``: for a reason that does not speak against the instance. ``error``: anything else, as what the source of
-the body raised.
+``cancelled``: by the caller, or a hedge that lost. ``not_sent``: for a reason that does not speak against the instance.
+``error``: anything else, as what the source of the body raised.
 """
 PickReason: TypeAlias = Literal[
     "p2c_cost", "p2c_turn", "policy", "only", "probe", "half_open", "trusted", "last_resort"

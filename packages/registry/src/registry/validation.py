@@ -7,6 +7,7 @@ choose another host.
 import ipaddress
 import math
 import re
+from collections.abc import Mapping
 from urllib.parse import unquote
 
 from registry.errors import InvalidInputError
@@ -21,6 +22,7 @@ __all__ = [
     "check_meta",
     "check_path",
     "check_port",
+    "check_rates",
     "check_service",
     "check_tag",
 ]
@@ -33,6 +35,7 @@ _HEADER = re.compile(r"[!#$%&'*+.^_`|~A-Za-z0-9-]{1,128}", re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9._:+=@-]{1,253}", re.ASCII)
 _META_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _DURATION = re.compile(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h))+", re.ASCII)
+_NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 _MAX_PATH = 20_000
 MAX_META = 64
@@ -125,6 +128,26 @@ def check_port(port: int) -> int:
     if not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= 65535:
         raise InvalidInputError(f"{port!r} is not a port: pass a whole number from 1 to 65535")
     return port
+
+
+def check_rates(rates: object) -> dict[str, float]:
+    """Service → how many a second: a mapping, or text such as ``orchestrator-api=100,research-api=0.5``.
+
+    Raises: InvalidInputError, unless every name is a service name and every rate a number above 0.
+    """
+    pairs = rates.items() if isinstance(rates, Mapping) else [_pair(part) for part in str(rates).split(",") if part]
+    found = {}
+    for name, rate in pairs:
+        number = float(rate) if isinstance(rate, (int, float)) or _NUMBER.fullmatch(str(rate)) else 0.0
+        if not 0 < number < math.inf:
+            raise InvalidInputError(f"{rate!r} is not a rate for {name!r}: pass a number above 0, requests per second")
+        found[check_service(name)] = number
+    return found
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, rate = text.partition("=")
+    return name.strip(), rate.strip()
 
 
 def check_address(address: str) -> str:

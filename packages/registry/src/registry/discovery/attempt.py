@@ -14,9 +14,6 @@ from registry.telemetry import AttemptOutcome, ObservedAttempt
 
 __all__ = ["Attempt"]
 
-_AVOIDED = 0.2
-"""Seconds that an attempt which failed for no known reason counts as, so that failing quickly attracts no calls."""
-
 
 class Attempt:
     """A context around one request to one endpoint, from its pick on; reports to the pool however it is left.
@@ -83,8 +80,10 @@ class Attempt:
             words = call.note(self.number, endpoint, outcome, name)
             if blame is Blame.INSTANCE:
                 pool.failed(endpoint, self.failure, seconds, name, words)
+            elif self.failure is Failure.NOT_EXECUTED:
+                pool.succeeded(endpoint, seconds, executed=False)
             elif blame is Blame.NOBODY:
-                endpoint.observe(max(seconds, _AVOIDED), now)
+                endpoint.avoid(seconds, now)
             elif self.failure is Failure.SENT:
                 endpoint.observe(seconds, now)
         self._count(name, outcome, seconds)

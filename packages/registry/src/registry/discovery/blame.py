@@ -2,7 +2,9 @@
 
 | outcome of an attempt                                                     | sent?   | counts against |
 |---------------------------------------------------------------------------|---------|----------------|
-| a response with a status below 500                                        | yes     | nobody         |
+| a 503 or 429 that says ``X-Not-Executed``                                 | yes     | nobody         |
+| a 429 that says ``Retry-After``                                           | yes     | nobody         |
+| any other response with a status below 500                                | yes     | nobody         |
 | a response with a status of 500 or above                                  | yes     | the instance   |
 | ``ConnectError``: refused, unreachable, no such host                      | no      | the instance   |
 | ``ConnectTimeout``, after longer than responses usually take              | no      | the instance   |
@@ -31,6 +33,7 @@ from typing import NamedTuple
 
 import httpx
 
+from registry.discovery.advice import retry_after, why_declined
 from registry.discovery.connections import is_local_shortage
 from registry.telemetry import AttemptOutcome
 
@@ -42,10 +45,19 @@ class Failure(Enum):
 
     NOT_SENT = "not sent"
     """The instance can't have seen the request."""
+    NOT_EXECUTED = "not executed"
+    """The instance has seen the request, and says that it did nothing for it."""
     SENT = "sent"
     """The instance may have seen the request, and may have acted on it."""
+    TOO_EARLY = "too early"
+    """The instance says when to ask again: not before, and no other in its place."""
     FINAL = "final"
     """The caller's own fault, or a failure that another instance would repeat."""
+
+    @property
+    def without_effect(self) -> bool:
+        """Whether the request has certainly done nothing, so that it may be sent again whatever it asks for."""
+        return self is Failure.NOT_SENT or self is Failure.NOT_EXECUTED
 
 
 class Blame(Enum):
@@ -76,7 +88,12 @@ def judge(
     ``tls``: the instance is registered as serving TLS. ``failures``: the statuses that count as failures.
     """
     if isinstance(outcome, httpx.Response):
-        return Verdict(Failure.SENT, Blame.INSTANCE) if outcome.status_code in failures else _SUCCESS
+        if why_declined(outcome) is not None:
+            return Verdict(Failure.NOT_EXECUTED, Blame.NOBODY)
+        if outcome.status_code in failures:
+            return Verdict(Failure.SENT, Blame.INSTANCE)
+        too_early = outcome.status_code == httpx.codes.TOO_MANY_REQUESTS and retry_after(outcome) is not None
+        return Verdict(Failure.TOO_EARLY, Blame.NOBODY) if too_early else _SUCCESS
     if isinstance(outcome, (httpx.ConnectError, httpx.ConnectTimeout)):
         causes = list(_causes(outcome))
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
@@ -98,7 +115,7 @@ def outcome_name(outcome: httpx.Response | Exception, verdict: Verdict) -> Attem
     if verdict.failure is None:
         return "ok"
     if isinstance(outcome, httpx.Response):
-        return "status"
+        return "shed" if verdict.failure is Failure.NOT_EXECUTED else "status"
     if verdict.failure is Failure.NOT_SENT and verdict.blame is Blame.INSTANCE:
         return "connect_timeout" if isinstance(outcome, httpx.ConnectTimeout) else "refused"
     if isinstance(outcome, (httpx.ReadTimeout, httpx.WriteTimeout)):

@@ -10,9 +10,10 @@ from functools import partial
 import httpx
 
 from registry.discovery import context
+from registry.discovery.advice import retry_after, why_declined
 from registry.discovery.blame import Blame, Verdict, judge
 from registry.discovery.endpoint import Endpoint
-from registry.discovery.retry import is_idempotent, retry_after
+from registry.discovery.retry import is_idempotent
 from registry.discovery.upstream import Upstream
 from registry.errors import RegistryError
 from registry.telemetry import AttemptOutcome, CallOutcome, ObservedCall
@@ -62,6 +63,7 @@ class Call:
         "safe",
         "seen",
         "terms",
+        "too_early",
         "tried",
         "upstream",
     )
@@ -74,6 +76,8 @@ class Call:
         self.attempt = 0
         self.seen = False
         """Whether an attempt before may have been executed."""
+        self.too_early = False
+        """Whether the last answer asked to wait, before anybody is asked again."""
         self.idempotent = is_idempotent(request)
         if not isinstance(request.stream, httpx.ByteStream):
             self._source = _Source(request)
@@ -134,7 +138,7 @@ class Call:
 
     def note(self, attempt: int, endpoint: Endpoint, outcome: Outcome, name: AttemptOutcome) -> str:
         """Remembers a failed attempt, for the error. Returns it in words."""
-        what = f"HTTP {outcome.status_code}" if isinstance(outcome, httpx.Response) else repr(outcome)
+        what = _words(outcome)
         instance = endpoint.instance
         self.failed = name
         self.notes.append(f"attempt {attempt} on {instance.id} ({instance.netloc}): {what}")
@@ -177,6 +181,13 @@ class Call:
         for note in self.notes:
             self.outcome.add_note(note)
         raise self.outcome
+
+
+def _words(outcome: Outcome) -> str:
+    if not isinstance(outcome, httpx.Response):
+        return repr(outcome)
+    reason = why_declined(outcome)
+    return f"HTTP {outcome.status_code}" + ("" if reason is None else f", not executed: {reason}")
 
 
 def _bare(url: httpx.URL) -> str:

@@ -14,6 +14,8 @@ __all__ = ["Endpoint", "LastFailure"]
 
 _FLOOR = 1e-4
 """Seconds below which latencies are noise, so that in-flight requests decide among fast instances."""
+_AVOIDED = 0.2
+"""Seconds that such a failure counts as."""
 _DEFAULT = EjectionPolicy()
 
 
@@ -104,6 +106,17 @@ class Endpoint:
         self.refusals, self.ejected_until, self.failures = 0, 0.0, 0
         return back
 
+    def declined(self, seconds: float, now: float) -> bool:
+        """It executes nothing for now, which it said after so long: less is asked of it for a moment, but it is there.
+
+        Returns whether it comes back. What it failed at before is not forgotten: the next failure ejects it again.
+        """
+        self.avoid(seconds, now)
+        if not self.ejected_until or self.is_older(seconds, now):
+            return False
+        self.refusals, self.ejected_until = 0, 0.0
+        return True
+
     def refused(self, seconds: float, now: float) -> None:
         """No connection came about, which took so long: it is ejected at once, for a short, doubling time."""
         policy = self._policy
@@ -191,6 +204,10 @@ class Endpoint:
             self._peaks = max(self._peaks - 1, 0)
         self._latency = max(seconds, decayed + seconds * (1 - weight))
         self._updated = now
+
+    def avoid(self, seconds: float, now: float) -> None:
+        """It failed after so long, for no reason that speaks against it: to fail quickly must not attract calls."""
+        self.observe(max(seconds, _AVOIDED), now)
 
     def _weight(self, now: float) -> float:
         return math.exp((self._updated - now) / (self._policy.latency_decay * 2**self._peaks))

@@ -109,9 +109,10 @@ class Pool:
             picks[reason] = picks.get(reason, 0) + 1
         return endpoint
 
-    def succeeded(self, endpoint: Endpoint, seconds: float) -> None:
-        """The endpoint answered after so long."""
-        if endpoint.answered(seconds, self._clock()):
+    def succeeded(self, endpoint: Endpoint, seconds: float, *, executed: bool = True) -> None:
+        """The endpoint answered after so long; not ``executed``: that it does nothing for now."""
+        told = endpoint.answered if executed else endpoint.declined
+        if told(seconds, self._clock()):
             self._tell("reinstated", endpoint, reason=endpoint.ejected_because)
             self._rebuild()
 

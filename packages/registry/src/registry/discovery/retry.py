@@ -1,12 +1,9 @@
 """Whether and when a failed attempt is followed by another: a decision table, a delay and a budget. No I/O."""
 
 import math
-import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 
 import httpx
 
@@ -14,7 +11,7 @@ from registry.backoff import Backoff
 from registry.discovery.blame import Failure
 from registry.errors import InvalidInputError
 
-__all__ = ["RetryBudget", "RetryPolicy", "is_idempotent", "retry_after"]
+__all__ = ["RetryBudget", "RetryPolicy", "is_idempotent"]
 
 # RFC 9110, 9.2.2: "Of the request methods defined by this specification, PUT, DELETE, and safe request methods are
 # idempotent." Source: https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
@@ -100,32 +97,18 @@ class RetryPolicy:
 
         ``replayable``: the body is in memory, or its source has not been touched yet.
 
-        | failure  | idempotent                  | not idempotent              |
-        |----------|-----------------------------|-----------------------------|
-        | not sent | if the body can be replayed | if the body can be replayed |
-        | sent     | if the body can be replayed | never                       |
-        | final    | never                       | never                       |
+        | failure      | idempotent                  | not idempotent              |
+        |--------------|-----------------------------|-----------------------------|
+        | not sent     | if the body can be replayed | if the body can be replayed |
+        | not executed | if the body can be replayed | if the body can be replayed |
+        | sent         | if the body can be replayed | never                       |
+        | too early    | if the body can be replayed | never                       |
+        | final        | never                       | never                       |
         """
         if failure is Failure.FINAL or not replayable:
             return False
-        return failure is Failure.NOT_SENT or idempotent
+        return failure.without_effect or idempotent
 
     def delay(self, attempt: int, retry_after: float | None = None) -> float:
         """Seconds to wait before the next attempt once every instance was tried; ``Retry-After`` is a lower bound."""
         return max(Backoff(self.retry_delay, self.max_delay).delay(attempt), retry_after or 0.0)
-
-
-def retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the answer asks to wait, None if it does not. Source: RFC 9110, 10.2.3."""
-    value = response.headers.get("Retry-After")
-    if value is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,9}", value.strip()):
-        return float(value)
-    try:
-        date = parsedate_to_datetime(value)
-        # RFC 9110, 5.6.7: a date in one of its older forms names no zone, and "MUST be interpreted as" UTC.
-        utc = date if date.tzinfo else date.replace(tzinfo=UTC)
-        return max(0.0, utc.timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None

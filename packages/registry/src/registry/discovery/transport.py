@@ -116,10 +116,11 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         return tuple(upstream.explain() for upstream in self._upstreams.values())
 
     async def _next_endpoint(self, call: Call) -> Endpoint | None:
-        """Whom to ask next, after a back-off once all were asked; None: the last outcome has to do."""
-        endpoint = await call.upstream.pick(call.tried, safe=call.safe)
-        if endpoint is not None or call.outcome is None:
-            return endpoint
+        """Whom to ask next, after a back-off if all were asked or it is too early; None: the last outcome has to do."""
+        if not call.too_early:
+            endpoint = await call.upstream.pick(call.tried, safe=call.safe)
+            if endpoint is not None or call.outcome is None:
+                return endpoint
         delay = self._retry.delay(call.attempt, call.retry_after())
         left = call.left()
         if call.upstream.pool.failing_fast_for or delay >= (self._retry.max_wait if left == math.inf else left):
@@ -136,12 +137,13 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
             return None  # There is nobody left to ask, but the last outcome says more.
 
     def _goes_on(self, call: Call, failure: Failure) -> bool:
-        call.seen = call.seen or failure is Failure.SENT
+        call.seen = call.seen or not failure.without_effect
+        call.too_early = failure is Failure.TOO_EARLY
         return (
             call.attempt < self._retry.max_retries
             and self._retry.allows(failure, idempotent=call.idempotent, replayable=call.replayable)
-            and (failure is Failure.NOT_SENT or not call.retried_before)
-            and call.left() > 0
+            and (failure.without_effect or not call.retried_before)
+            and call.left() > ((call.retry_after() or 0.0) if call.too_early else 0.0)
             and call.upstream.may_retry(call.failed)
         )
 
