@@ -10,6 +10,7 @@ from typing import cast
 import httpx
 
 from registry.discovery.http11 import Exchange
+from registry.discovery.peers import is_rejection
 from registry.discovery.plain import Answer
 
 __all__ = ["Connection"]
@@ -37,8 +38,10 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._closed = False
+        self._heard = False
+        """Whether the other side has ever said anything."""
 
-    async def secure(self, context: ssl.SSLContext, host: str) -> None:
+    async def secure(self, context: ssl.SSLContext, host: str) -> ssl.SSLObject:
         """Speaks TLS from here on. Raises: ssl.SSLError, whatever else ends the handshake."""
         try:
             transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
@@ -48,6 +51,7 @@ class Connection(asyncio.Protocol):
             raise ssl.SSLError(f"the TLS handshake broke off: {error!r}") from error
         assert transport is not None
         self._transport = transport
+        return cast("ssl.SSLObject", transport.get_extra_info("ssl_object"))
 
     def start(self, exchange: Exchange) -> None:
         """Sends the request, or begins to, without waiting."""
@@ -171,6 +175,7 @@ class Connection(asyncio.Protocol):
         if self._exchange is None:
             self.close()  # An answer that nobody asked for must not become the answer to the next request.
             return
+        self._heard = True
         self._exchange.receive(data)
         if self._exchange.unread > _UNREAD:
             self._transport.pause_reading()
@@ -188,7 +193,11 @@ class Connection(asyncio.Protocol):
         self._closed = True
         if self._exchange is None:
             return
-        if error is not None:
+        if is_rejection(error) and not self._heard:
+            rejected = httpx.ConnectError(f"the other side does not accept our certificate: {error}")
+            rejected.__cause__ = error
+            self._fail(rejected)
+        elif error is not None:
             self._fail(httpx.ReadError(str(error) or type(error).__name__))
         else:
             self._exchange.end()
