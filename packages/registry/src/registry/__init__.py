@@ -19,6 +19,7 @@ from registry.errors import (
     RegistryUnavailableError,
     ResponseTooLargeError,
     ServiceNotFoundError,
+    UnsafeAgentError,
 )
 from registry.model import Absence, Instance, LeftOut, ServiceHealth, Snapshot, View
 from registry.presence.registrar import Registrar
@@ -79,5 +80,6 @@ __all__ = [
     "StaticResolver",
     "SyncDiscoveryTransport",
     "Terms",
+    "UnsafeAgentError",
     "View",
 ]
