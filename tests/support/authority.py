@@ -1,7 +1,7 @@
 """A mesh's certificate authority of our own, which also signs what Consul's never would."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -98,23 +98,23 @@ class FixedSource:
             self._leaf, self._roots = leaf or self._leaf, roots or self._roots
             self._news.notify_all()
 
-    async def leaves(self, service: str) -> AsyncIterator[Leaf]:
-        told: Leaf | None = None
+    async def leaves(self, service: str) -> AsyncGenerator[Leaf, None]:
+        told: list[Leaf] = []
         while True:
             async with self._news:
-                await self._news.wait_for(lambda: self._leaf not in (None, told))
-                told = self._leaf
-            assert told is not None
-            yield told
+                await self._news.wait_for(lambda: self._leaf not in [None, *told])
+                assert self._leaf is not None
+                told[:] = [self._leaf]
+            yield told[0]
 
-    async def roots(self) -> AsyncIterator[Roots]:
-        told: Roots | None = None
+    async def roots(self) -> AsyncGenerator[Roots, None]:
+        told: list[Roots] = []
         while True:
             async with self._news:
-                await self._news.wait_for(lambda: self._roots not in (None, told))
-                told = self._roots
-            assert told is not None
-            yield told
+                await self._news.wait_for(lambda: self._roots not in [None, *told])
+                assert self._roots is not None
+                told[:] = [self._roots]
+            yield told[0]
 
     async def aclose(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Whoever answers in place of the service that is called reads no byte of the request, and costs nobody else anything."""
+"""Whoever answers in place of the called service reads no byte of the request, and costs nobody else anything."""
 
 import asyncio
 import socket
@@ -6,7 +6,7 @@ import ssl
 import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import httpx
@@ -53,6 +53,13 @@ def serving(signed: Signed, *, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
     context.minimum_version = min(version, context.minimum_version)
     context.maximum_version = version
     return context
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when it holds; gives up after 10 s."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # what it looks at tells nobody
+            await asyncio.sleep(0.001)
 
 
 @asynccontextmanager
@@ -138,7 +145,7 @@ WRONG: dict[str, tuple[Callable[[], Context], str]] = {
         "unsuitable certificate purpose",
     ),
     "in plain HTTP": (lambda: None, "WRONG_VERSION_NUMBER"),
-    "in TLS 1.1": (lambda: old(MESH.service(SERVICE)), "PROTOCOL_VERSION"),
+    "in TLS 1.1": (lambda: old(MESH.service(SERVICE)), "handshake broke off"),
 }
 
 
@@ -160,7 +167,7 @@ async def test_wrong_server_reads_no_byte_of_a_request(wrong: str) -> None:
             await client.post(SERVICE, "/secret", json={"card": 1}, headers={"Authorization": "Bearer secret"})
         assert f"'{SERVICE}' was expected at {fake.instance.netloc}" in str(raised.value)
         assert who in str(raised.value)
-        assert (fake.accepted if listen() is None else True, fake.read) == (True, 0)
+        assert fake.read == 0
         assert judge(raised.value, tls=True) == (Failure.NOT_SENT, Blame.INSTANCE)
         (state,) = client.explain(SERVICE).endpoints
         assert set(state.outcomes) == {"refused"}
@@ -243,11 +250,14 @@ async def test_without_a_certificate_nobody_is_called_and_nobody_blamed() -> Non
 async def test_plain_instances_serve_while_there_is_no_certificate() -> None:
     """During a migration some serve plainly: these take the calls, and no instance is blamed."""
     me = MeshIdentity("orchestrator-api", FixedSource())
-    async with server(serving(MESH.service(SERVICE))) as native, server(None, name="2") as plain:
-        async with client_of(native.instance, replace(plain.instance, connect=False), peers=me) as client:
-            for _ in range(10):
-                assert (await client.post(SERVICE, "/", json={})).text == "2"
-            assert [each.ejected_for for each in client.explain(SERVICE).endpoints] == [0.0, 0.0]
+    async with (
+        server(serving(MESH.service(SERVICE))) as native,
+        server(None, name="2") as plain,
+        client_of(native.instance, replace(plain.instance, connect=False), peers=me) as client,
+    ):
+        for _ in range(10):
+            assert (await client.post(SERVICE, "/", json={})).text == "2"
+        assert [each.ejected_for for each in client.explain(SERVICE).endpoints] == [0.0, 0.0]
     assert (native.accepted, native.read) == (0, 0)
     await me.aclose()
 
@@ -273,10 +283,12 @@ async def test_server_that_refuses_our_certificate_by_an_alert_has_read_nothing(
                 await client.post(SERVICE, "/", json={})
             assert judge(raised.value, tls=True) == (Failure.NOT_SENT, Blame.NOBODY)
             assert client.explain(SERVICE).endpoints[0].ejected_for == 0.0
-        async with server(serving(MESH.service(SERVICE)), name="2") as good:
-            async with client_of(strict.instance, good.instance, peers=me) as client:
-                for _ in range(10):
-                    assert (await client.post(SERVICE, "/", json={})).text == "2"
+        async with (
+            server(serving(MESH.service(SERVICE)), name="2") as good,
+            client_of(strict.instance, good.instance, peers=me) as client,
+        ):
+            for _ in range(10):
+                assert (await client.post(SERVICE, "/", json={})).text == "2"
         assert strict.read == 0
 
 
@@ -294,16 +306,13 @@ async def alerting(context: Context) -> AsyncIterator[Server]:
             except OSError:
                 return
             seen.accepted += 1
-            plain.settimeout(5)
-            try:
-                with context.wrap_socket(plain, server_side=True) as secured:
-                    seen.read += len(secured.recv(65_536))
-            except OSError:
-                # Closed with something unread, a socket is reset, and the alert may be lost on the way.
-                plain.shutdown(socket.SHUT_WR)
-                while plain.recv(65_536):
-                    pass
-                plain.close()
+            with (
+                context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False) as secured,
+                suppress(OSError),
+            ):
+                secured.settimeout(5)
+                secured.do_handshake()
+                seen.read += len(secured.recv(65_536))
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -316,7 +325,7 @@ async def alerting(context: Context) -> AsyncIterator[Server]:
 
 
 async def test_new_certificate_is_for_new_connections_and_costs_no_call() -> None:
-    """The caller's certificate and the roots change under load: kept connections serve on, new ones show the new one."""
+    """The caller's certificate changes under load: kept connections serve on, new ones show the new one."""
     after = Authority()
     source = FixedSource(MESH.service("orchestrator-api").leaf(), MESH.roots())
     both = tls_context(ssl.PROTOCOL_TLS_SERVER, MESH.service(SERVICE).leaf(), MESH.roots(after))
@@ -336,9 +345,7 @@ async def test_new_certificate_is_for_new_connections_and_costs_no_call() -> Non
         for number in range(6):
             signer = after if number % 2 else MESH
             await source.tell(signer.sign(MESH.uri("orchestrator-api")).leaf(), MESH.roots(after))
-            before = answered
-            while answered < before + 20:
-                await asyncio.sleep(0.001)
+            await until(lambda more=answered + 20: answered >= more)  # type: ignore[misc]
             fresh = ConnectionOptions(peers=me)
             probe = ServiceDiscoveryClient(StaticResolver({SERVICE: [one.instance]}), connections=fresh)
             async with probe:

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import httpx
 
 from registry.discovery.connections import is_local_shortage
-from registry.discovery.peers import NoCertificateError, PeerError, is_rejection
+from registry.discovery.peers import NoCertificateError, PeerError, RejectedError, rejection
 from registry.telemetry import AttemptOutcome
 
 __all__ = ["Blame", "Failure", "Verdict", "judge", "outcome_name"]
@@ -89,7 +89,7 @@ def judge(
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
             proven = any(isinstance(cause, PeerError) for cause in causes)
             unknown = not tls or any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
-            ours = any(isinstance(cause, NoCertificateError) or is_rejection(cause) for cause in causes)
+            ours = any(isinstance(cause, (NoCertificateError, RejectedError)) or rejection(cause) for cause in causes)
             unknown = ours or (unknown and not proven)
             return Verdict(Failure.NOT_SENT, Blame.NOBODY if unknown else Blame.INSTANCE)
         short = any(is_local_shortage(cause) for cause in causes)
@@ -109,13 +109,15 @@ def outcome_name(outcome: httpx.Response | Exception, verdict: Verdict) -> Attem
         return "ok"
     if isinstance(outcome, httpx.Response):
         return "status"
-    if verdict.failure is Failure.NOT_SENT and verdict.blame is Blame.INSTANCE:
+    if verdict.failure is Failure.NOT_SENT:
+        if verdict.blame is not Blame.INSTANCE:
+            return "not_sent"
         return "connect_timeout" if isinstance(outcome, httpx.ConnectTimeout) else "refused"
     if isinstance(outcome, (httpx.ReadTimeout, httpx.WriteTimeout)):
         return "timeout"
     if isinstance(outcome, _BROKEN):
         return "broken"
-    return "error" if verdict.blame is Blame.NOBODY and verdict.failure is Failure.FINAL else "not_sent"
+    return "error" if verdict.blame is Blame.NOBODY else "not_sent"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

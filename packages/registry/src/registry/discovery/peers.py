@@ -13,7 +13,16 @@ import httpx
 
 from registry.model import Instance
 
-__all__ = ["NoCertificateError", "PeerError", "Peers", "context_for", "is_rejection", "proven", "refuse_peer"]
+__all__ = [
+    "NoCertificateError",
+    "PeerError",
+    "Peers",
+    "RejectedError",
+    "context_for",
+    "proven",
+    "refuse_peer",
+    "rejection",
+]
 
 _REJECTED = ("UNKNOWN_CA", "CERTIFICATE", "ACCESS_DENIED", "DECRYPT_ERROR")
 """What the alerts have in their names by which a server refuses the client's certificate: RFC 8446, 6.2."""
@@ -35,11 +44,20 @@ class Peers(Protocol):
         ...
 
 
-class NoCertificateError(ssl.SSLError):
+class _TlsError(ssl.SSLError):
+    def __str__(self) -> str:
+        return str(self.args[0])  # ssl's own shows a tuple
+
+
+class NoCertificateError(_TlsError):
     """This side has nothing to prove itself with: no connection was opened, and nobody else is to blame."""
 
 
-class PeerError(ssl.SSLError):
+class RejectedError(_TlsError):
+    """The other side does not accept our certificate: it read nothing, and may be right."""
+
+
+class PeerError(_TlsError):
     """Whoever answers did not prove to be the service that was called: no byte of the request was written."""
 
 
@@ -54,7 +72,7 @@ def context_for(peers: Peers | None, service: str) -> ssl.SSLContext:
     try:
         return peers.client_context()
     except ssl.SSLError as error:
-        raise NoCertificateError(f"{service!r} can't be called over mutual TLS yet: {error}") from error
+        raise NoCertificateError(f"{service!r} can't be called over mutual TLS yet: {_words(error)}") from error
 
 
 def refuse_peer(instance: Instance) -> None:
@@ -72,15 +90,21 @@ def proven(service: str, netloc: str) -> Iterator[None]:
     """Around a handshake and what verifies it: says who was expected. Raises: PeerError."""
     try:
         yield
-    except ssl.SSLError as error:
-        raise PeerError(f"{service!r} was expected at {netloc}: {error}") from error
+    except (ssl.SSLError, ValueError) as error:  # the latter of a connection that has ended
+        raise PeerError(f"{service!r} was expected at {netloc}: {_words(rejection(error) or error)}") from error
 
 
-def is_rejection(error: BaseException | None) -> bool:
-    """Whether this is how the other side says that it does not accept our certificate.
+def _words(error: Exception) -> str:
+    return str(error.args[0] if len(error.args) == 1 else error)
+
+
+def rejection(error: BaseException | None) -> RejectedError | None:
+    """The error, if it is how the other side says that it does not accept our certificate.
 
     With TLS 1.3 it says so after our handshake is over, when a request may be on its way already. But it says so
     *instead* of ending its own handshake, so that it has not decrypted a byte of that request.
     """
-    reason = (isinstance(error, ssl.SSLError) and error.reason) or ""
-    return "ALERT" in reason and any(name in reason for name in _REJECTED)
+    reason: str = (isinstance(error, ssl.SSLError) and getattr(error, "reason", "")) or ""  # ours have none
+    if "ALERT" not in reason or not any(name in reason for name in _REJECTED):
+        return None
+    return RejectedError(f"the other side does not accept our certificate: {error}")
