@@ -17,6 +17,8 @@ from registry.discovery.resolver import Resolver
 from registry.errors import InvalidInputError
 from registry.limits import SlowBodyMiddleware
 from registry.logs import set_fields, take_over_uvicorn
+from registry.mesh.guard import CALLER
+from registry.mesh.membership import joined
 from registry.presence.drain import DrainOnSigterm
 from registry.presence.health import ROOT, Check, DegradedError, find_state, health_router
 from registry.presence.registrar import Registrar
@@ -26,11 +28,13 @@ from registry.state import STATE_PATH, state_router
 from registry.telemetry import Journal, Observer, Observers
 
 __all__ = [
+    "Caller",
     "Check",
     "DegradedError",
     "DiscoveryClient",
     "RegistryMiddleware",
     "add_problem_handlers",
+    "calling_service",
     "discovery_client",
     "health_router",
     "lifespan",
@@ -64,6 +68,8 @@ def lifespan(
     have: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``. ``observer``: is told of calls, instances
     and this one's registration (``registry.telemetry``); one that is an asynchronous context manager is entered first.
 
+    ``CONSUL_CONNECT=true``: uvicorn then serves mutual TLS only, and lets in whom Consul's intentions allow.
+
     Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
 
@@ -89,12 +95,14 @@ def lifespan(
                     f"this app registers itself under another name already, so not as {settings.name!r}, too: run it "
                     "once for each name, or register the second with ServiceRegistry.register_service"
                 )
+            member = await stack.enter_async_context(joined(settings, connection, lambda: registrar.instance_id))
             resolver = ConsulResolver(connection, upstreams=upstreams, observer=told)
             caller = await stack.enter_async_context(make(resolver))
             caller.observe(told)
             await resolver.start()
-            registrar = Registrar(settings, connection, about=_about(app), observer=told)
+            registrar = Registrar(settings, connection, about=_about(app), observer=told, mesh=member)
             stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            member.protect(app)
             set_fields("registrar", lambda: {"instance": registrar.instance_id})
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
@@ -229,3 +237,14 @@ def discovery_client(connection: HTTPConnection) -> ServiceDiscoveryClient:
 
 DiscoveryClient = Annotated[ServiceDiscoveryClient, Depends(discovery_client)]
 """An endpoint's parameter type: the app's one client, as in ``async def route(client: DiscoveryClient)``."""
+
+
+def calling_service(connection: HTTPConnection) -> str | None:
+    """What ``Caller`` depends on. A test gives its own: ``app.dependency_overrides[calling_service] = …``."""
+    name: str | None = connection.scope.get(CALLER)
+    return name
+
+
+Caller = Annotated[str | None, Depends(calling_service)]
+"""An endpoint's parameter type: the service that calls, in lower case, as its certificate proves and an intention
+allows. None: this service is not served by mutual TLS (``CONSUL_CONNECT=true``), or it is ``GET /health``."""

@@ -27,15 +27,20 @@ class Answer:
     index: int
 
 
-async def changes(consul: AsyncConsul, path: str, params: Params = None) -> AsyncGenerator[Answer, None]:
+async def changes(
+    consul: AsyncConsul, path: str, params: Params = None, *, consistent: bool = False
+) -> AsyncGenerator[Answer, None]:
     """The answer at once, then again whenever it changed or ``WAIT`` is over; goes on until it is closed.
+
+    ``consistent``: the first is the leader's. A restarted server answers with half of what it knows while it replays
+    its log.
 
     Raises: RegistryUnavailableError, RegistryError. Ask anew after a pause: what was known is then told again.
     """
     index, rate = 0, TokenBucket(per_second=5, burst=20)
     while True:
         await rate.pause()
-        parked = [("index", str(index)), ("wait", f"{WAIT}s")] if index else []
+        parked = [("index", str(index)), ("wait", f"{WAIT}s")] if index else [("consistent", "1")] * consistent
         with consul_errors(consul.settings):
             answer: Answer = await consul.http.get(_read, path, [*(params or ()), *parked])
         yield answer

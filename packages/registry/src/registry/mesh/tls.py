@@ -27,7 +27,7 @@ def tls_context(protocol: int, leaf: Leaf | None = None, roots: Roots | None = N
     """
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # No tickets: each handshake verifies anew. Only TLS 1.2's session ids, which can't be turned off here, may skip that.
+    # No tickets: each handshake verifies anew, but for TLS 1.2's session ids, which can't be turned off here.
     context.options |= ssl.OP_NO_TICKET
     if protocol == ssl.PROTOCOL_TLS_SERVER:
         context.num_tickets = 0
