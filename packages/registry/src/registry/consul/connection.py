@@ -120,7 +120,10 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
             said = " ".join(answer.text.split())[:200]
             raise ConsulException(f"{answer.status_code} {said!r}, without the headers by which Consul is known")
         path, text = answer.request.url.path, answer.text.strip()
-        if (path.startswith("/v1/health/service/") and text == "[]") or (
+        if answer.status_code == 403 and text == "Permission denied" and path.startswith("/v1/health/connect/"):
+            service = path.rpartition("/")[2]
+            raise ACLPermissionDenied(f'reading it needs service:read: service "{service}" {{ policy = "read" }}')
+        if (path.startswith(("/v1/health/service/", "/v1/health/connect/")) and text == "[]") or (
             path == "/v1/catalog/services" and text == "{}"
         ):
             # A token without rights gets an empty list and 200, just as a service without instances does.
