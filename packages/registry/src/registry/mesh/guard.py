@@ -55,6 +55,7 @@ class Guard:
                 await self._refuse(refusal, scope, receive, send)
             else:
                 scope[CALLER] = caller
+                scope.setdefault("state", {})["caller"] = caller
                 before = _caller.set(caller)
                 try:
                     if scope["type"] == "websocket":
