@@ -72,7 +72,6 @@ def lifespan(
 
     Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
-
     make = client or partial(
         ServiceDiscoveryClient,
         timeout=settings.call_timeout,
@@ -96,9 +95,10 @@ def lifespan(
                     "once for each name, or register the second with ServiceRegistry.register_service"
                 )
             member = await stack.enter_async_context(joined(settings, connection, lambda: registrar.instance_id))
-            resolver = ConsulResolver(connection, upstreams=upstreams, observer=told)
+            resolver = ConsulResolver(connection, upstreams=upstreams, observer=told, mesh=member.settings.mode)
             caller = await stack.enter_async_context(make(resolver))
             caller.observe(told)
+            caller.use_peers(member.identity)
             await resolver.start()
             registrar = Registrar(settings, connection, about=_about(app), observer=told, mesh=member)
             stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))

@@ -14,7 +14,7 @@ __all__ = ["Connection", "peer_uri", "tls_context"]
 class Connection(Protocol):
     """What a verified peer is read from: ``ssl.SSLObject`` and its like."""
 
-    def getpeercert(self, binary_form: bool = False) -> object:
+    def getpeercert(self) -> object:
         """As ``ssl.SSLObject.getpeercert``."""
         ...
 
