@@ -36,6 +36,10 @@ def choose_source(mesh: MeshSettings | None = None, consul: ConsulSettings | Non
     Raises: ModuleNotFoundError, which says what to install for the former.
     """
     mesh, consul = mesh or MeshSettings(), consul or ConsulSettings()
+    if mesh.grpc_address is not None:
+        from registry.mesh.signing import SigningSource  # what it needs comes with an extra
+
+        return SigningSource(mesh, consul)
     return AgentSource(consul, allow_unsafe_agent=mesh.allow_unsafe_agent)
 
 
@@ -61,7 +65,7 @@ class MeshIdentity:
         self._unsafe: UnsafeAgentError | None = None
         self.ready = asyncio.Event()
         """Set once there are a certificate and roots."""
-        self._complaints = {"certificate": "Consul has not told it yet"}
+        self._complaints: dict[str, str] = {}
         self.trust_domain = ""
         """Of the mesh, such as ``11111111-2222-3333-4444-555555555555.consul``; empty until ``ready``."""
         self.datacenter = ""
@@ -106,7 +110,8 @@ class MeshIdentity:
     @property
     def complaint(self) -> str | None:
         """Why there is no certificate, or no newer one; None: its source answers."""
-        return next((f"{what}: {words}" for what, words in self._complaints.items()), None)
+        waiting = None if self.ready.is_set() else "Consul has not told this service's certificate yet"
+        return next((f"{what}: {words}" for what, words in self._complaints.items()), waiting)
 
     def client_context(self) -> ssl.SSLContext:
         """For the next handshake with a server of the mesh; ``verify`` must then look at its name.
