@@ -16,7 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from registry import ConnectionOptions, DiscoveryTransport, Instance, ServiceDiscoveryClient, StaticResolver
 from registry.discovery.blame import Blame, Failure, judge
 from registry.mesh.identity import MeshIdentity
-from registry.mesh.tls import tls_context
+from registry.mesh.tls import Connection, tls_context
 from tests.support.authority import Authority, FixedSource, Signed
 
 SERVICE = "backend-api"
@@ -154,6 +154,7 @@ def old(signed: Signed) -> Context:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context = serving(signed, version=ssl.TLSVersion.TLSv1_1)
+    assert context is not None
     context.set_ciphers("ALL:@SECLEVEL=0")
     return context
 
@@ -202,7 +203,7 @@ async def test_right_server_is_verified_once_for_all_calls_of_a_connection() -> 
     asked = []
 
     class Counted(MeshIdentity):
-        def verify(self, service: str, connection: ssl.SSLObject) -> None:  # type: ignore[override]
+        def verify(self, service: str, connection: Connection) -> None:
             asked.append(service)
             super().verify(service, connection)
 
@@ -356,28 +357,3 @@ async def test_new_certificate_is_for_new_connections_and_costs_no_call() -> Non
         await asyncio.gather(*callers)
     assert len(set(serials)) == 6
     assert one.accepted <= 4 + 6
-
-
-def rejected(reason: str) -> Exception:
-    error = ssl.SSLError(1, f"[SSL: {reason}] {reason.lower()}")
-    error.reason = reason
-    outer = httpx.ConnectError("why")
-    outer.__cause__ = error
-    return outer
-
-
-@pytest.mark.parametrize(
-    ("reason", "against"),
-    [
-        ("TLSV1_ALERT_UNKNOWN_CA", Blame.NOBODY),
-        ("SSLV3_ALERT_BAD_CERTIFICATE", Blame.NOBODY),
-        ("SSLV3_ALERT_CERTIFICATE_EXPIRED", Blame.NOBODY),
-        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", Blame.NOBODY),
-        ("TLSV1_ALERT_ACCESS_DENIED", Blame.NOBODY),
-        ("TLSV1_ALERT_INTERNAL_ERROR", Blame.INSTANCE),
-        ("WRONG_VERSION_NUMBER", Blame.INSTANCE),
-    ],
-)
-def test_only_what_speaks_of_our_certificate_blames_nobody(reason: str, against: Blame) -> None:
-    """An alert about our certificate may be our fault or the server's; any other broken handshake is the server's."""
-    assert judge(rejected(reason), tls=True) == (Failure.NOT_SENT, against)

@@ -73,7 +73,6 @@ def lifespan(
 
     Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
-
     make = client or partial(
         ServiceDiscoveryClient,
         timeout=settings.call_timeout,

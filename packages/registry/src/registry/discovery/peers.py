@@ -104,7 +104,7 @@ def rejection(error: BaseException | None) -> RejectedError | None:
     With TLS 1.3 it says so after our handshake is over, when a request may be on its way already. But it says so
     *instead* of ending its own handshake, so that it has not decrypted a byte of that request.
     """
-    reason: str = (isinstance(error, ssl.SSLError) and getattr(error, "reason", "")) or ""  # ours have none
+    reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
     if "ALERT" not in reason or not any(name in reason for name in _REJECTED):
         return None
     return RejectedError(f"the other side does not accept our certificate: {error}")

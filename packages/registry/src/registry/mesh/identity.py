@@ -15,7 +15,7 @@ from registry.errors import RegistryError, RegistryUnavailableError, UnsafeAgent
 from registry.mesh.agent import AgentSource
 from registry.mesh.settings import MeshSettings
 from registry.mesh.source import IdentitySource, Leaf, Roots
-from registry.mesh.tls import peer_uri, tls_context
+from registry.mesh.tls import Connection, peer_uri, tls_context
 from registry.settings import ConsulSettings
 from registry.telemetry import background_context
 from registry.validation import check_service
@@ -132,7 +132,7 @@ class MeshIdentity:
         """The SPIFFE id of a service of this datacenter."""
         return f"spiffe://{self.trust_domain}/ns/default/dc/{self.datacenter}/svc/{service.lower()}"
 
-    def verify(self, service: str, connection: ssl.SSLObject) -> None:
+    def verify(self, service: str, connection: Connection) -> None:
         """Returns if the verified peer is that service in this datacenter. Raises: ssl.CertificateError."""
         found = peer_uri(connection)
         # Consul ignores the case of a service's name, and keeps it here.

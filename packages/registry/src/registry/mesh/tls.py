@@ -4,10 +4,19 @@ import os
 import ssl
 import tempfile
 import time
+from typing import Protocol
 
 from registry.mesh.source import Leaf, Roots
 
-__all__ = ["peer_uri", "tls_context"]
+__all__ = ["Connection", "peer_uri", "tls_context"]
+
+
+class Connection(Protocol):
+    """What a verified peer is read from: ``ssl.SSLObject`` and its like."""
+
+    def getpeercert(self) -> object:
+        """As ``ssl.SSLObject.getpeercert``."""
+        ...
 
 
 def tls_context(protocol: int, leaf: Leaf | None = None, roots: Roots | None = None) -> ssl.SSLContext:
@@ -34,16 +43,16 @@ def tls_context(protocol: int, leaf: Leaf | None = None, roots: Roots | None = N
     return context
 
 
-def peer_uri(connection: ssl.SSLObject) -> str | None:
+def peer_uri(connection: Connection) -> str | None:
     """The SPIFFE id of a peer whose certificate was verified; None: it showed none.
 
     Raises: ssl.CertificateError, if there is not exactly one URI among its names, or if it has ended since.
     Source: https://github.com/spiffe/spiffe/blob/main/standards/X509-SVID.md#2-spiffe-id
     """
     certificate = connection.getpeercert()
-    if not certificate:
+    if not certificate or not isinstance(certificate, dict):
         return None
-    uris = [name[1] for name in certificate.get("subjectAltName", ()) if name[0] == "URI"]
+    uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
     if len(uris) != 1:
         raise ssl.CertificateError(f"the peer's certificate names {len(uris)} URIs, and must name one")
     if ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
