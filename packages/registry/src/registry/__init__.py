@@ -8,6 +8,7 @@ from registry.discovery.call import Terms
 from registry.discovery.endpoint import Endpoint, LastFailure
 from registry.discovery.explanation import EndpointState, Explanation
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
+from registry.discovery.peers import Peers
 from registry.discovery.resolver import Resolver, StaticResolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.sync import SyncDiscoveryTransport
@@ -62,6 +63,7 @@ __all__ = [
     "ObservedCall",
     "Observer",
     "Observers",
+    "Peers",
     "Pick",
     "PickReason",
     "Policy",
