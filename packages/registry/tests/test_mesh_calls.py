@@ -55,7 +55,7 @@ def name() -> str:
 
 
 def settings_of(agent: ConsulAgent, token: str | None = None) -> ConsulSettings:
-    return ConsulSettings(host="127.0.0.1", port=agent.http_port, token=token or agent.token)
+    return ConsulSettings.model_validate({"host": "127.0.0.1", "port": agent.http_port, "token": token or agent.token})
 
 
 @asynccontextmanager
