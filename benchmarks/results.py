@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.failover import Outcome
+from benchmarks.mesh import MeshCost
 from benchmarks.overload import Overload
 from benchmarks.throughput import Sample
 
@@ -35,6 +36,7 @@ class Results:
     """What is measured → µs of CPU beyond the same without it."""
     blocking: dict[str, float]
     """Blocking client → µs of CPU per call."""
+    mesh: list[MeshCost]
     failover: list[Outcome]
     overload: list[Overload]
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from registry import ConnectionOptions, ResponseTooLargeError, ServiceDiscoveryClient, StaticResolver
 from registry.discovery import blame
 from registry.discovery.blame import Blame, Failure, judge
+from registry.discovery.peers import NoCertificateError, PeerError, RejectedError
 from tests.support.raw import OK, Handler, raw_servers
 
 NOT_SENT, SENT, FINAL = Failure.NOT_SENT, Failure.SENT, Failure.FINAL
@@ -30,6 +31,13 @@ def caused(error: Exception, *causes: Exception) -> Exception:
     chain = [error, *causes]
     for outer, inner in itertools.pairwise(chain):
         outer.__cause__ = inner
+    return error
+
+
+def alert(reason: str) -> ssl.SSLError:
+    """As OpenSSL raises it."""
+    error = ssl.SSLError(1, f"[SSL: {reason}]")
+    error.reason = reason
     return error
 
 
@@ -46,6 +54,9 @@ OUTCOMES = [
     (caused(httpx.ConnectError("why"), OSError(), ssl.SSLCertVerificationError(1, "who is that?")), NOT_SENT, NOBODY),
     (httpx.ConnectTimeout("why"), NOT_SENT, INSTANCE),
     (caused(httpx.ConnectTimeout("why"), ssl.SSLError("handshake")), NOT_SENT, NOBODY),
+    (caused(httpx.ConnectError("why"), PeerError("another service")), NOT_SENT, INSTANCE),
+    (caused(httpx.ConnectError("why"), NoCertificateError("not yet")), NOT_SENT, NOBODY),
+    (caused(httpx.ConnectError("why"), RejectedError("unknown CA")), NOT_SENT, NOBODY),
     (httpx.PoolTimeout("why"), NOT_SENT, CALLER),
     (httpx.ReadError("why"), SENT, INSTANCE),
     (httpx.ReadTimeout("why"), SENT, INSTANCE),
@@ -68,6 +79,28 @@ OUTCOMES = [
 def test_errors_are_judged(error: Exception, failure: Failure, against: Blame) -> None:
     """Only what comes before the connection is not sent; only what shows a fault of the instance speaks against it."""
     assert judge(error) == (failure, against)
+
+
+TLS_OUTCOMES = [
+    (PeerError("another service"), INSTANCE),
+    (caused(PeerError("an unknown CA"), ssl.SSLCertVerificationError(1, "who is that?")), INSTANCE),
+    (ssl.SSLError(1, "it broke off"), INSTANCE),
+    (ssl.SSLCertVerificationError(1, "who is that?"), NOBODY),
+    (NoCertificateError("not yet"), NOBODY),
+    (RejectedError("unknown CA"), NOBODY),
+    (caused(PeerError("it broke off"), alert("TLSV1_ALERT_UNKNOWN_CA")), NOBODY),
+    (alert("SSLV3_ALERT_BAD_CERTIFICATE"), NOBODY),
+    (alert("SSLV3_ALERT_CERTIFICATE_EXPIRED"), NOBODY),
+    (alert("TLSV13_ALERT_CERTIFICATE_REQUIRED"), NOBODY),
+    (alert("TLSV1_ALERT_INTERNAL_ERROR"), INSTANCE),
+    (alert("WRONG_VERSION_NUMBER"), INSTANCE),
+]
+
+
+@pytest.mark.parametrize(("cause", "against"), TLS_OUTCOMES, ids=repr)
+def test_handshakes_are_judged(cause: Exception, against: Blame) -> None:
+    """Whoever proves to be another speaks against the instance; our own certificate, missing or refused, does not."""
+    assert judge(caused(httpx.ConnectError("why"), cause), tls=True) == (NOT_SENT, against)
 
 
 def test_every_transport_error_is_judged_by_this_test() -> None:

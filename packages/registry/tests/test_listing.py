@@ -69,6 +69,46 @@ def test_an_entry_that_can_not_be_called_hides_no_other(fields: dict[str, Any]) 
     assert listing.registered == 2
 
 
+SIDECAR = listed(
+    Kind="connect-proxy", ID="1-sidecar-proxy", Service="cards-sidecar-proxy", Proxy={"DestinationServiceName": "cards"}
+)
+NATIVE = listed(ID="2", Connect={"Native": True})
+GATEWAY = listed(Kind="terminating-gateway", ID="gw", Service="way-out")
+
+
+def test_who_speaks_consul_connect_is_known() -> None:
+    """A native instance is itself; a sidecar proxy stands for its service, under which it is called and verified."""
+    listing = parse_listing([SIDECAR, NATIVE, listed(ID="3"), listed(ID="4", Connect={"Native": False})])
+    known = [(each.id, each.service, each.connect, each.scheme) for each in listing.passing]
+    assert known == [
+        ("1-sidecar-proxy", "cards", True, "https"),
+        ("2", "cards", True, "https"),
+        ("3", "cards", False, "http"),
+        ("4", "cards", False, "http"),
+    ]
+
+
+def test_in_the_mesh_nobody_is_called_plainly() -> None:
+    """Consul lists gateways among those who speak for a service: they are left out, and so is what is not native."""
+    listing = parse_listing([SIDECAR, NATIVE, GATEWAY, listed(ID="3")], mesh=True)
+    assert [each.id for each in listing.passing] == ["1-sidecar-proxy", "2"]
+    assert [(each.id, each.kind) for each in listing.left_out] == [("3", "uncallable"), ("gw", "uncallable")]
+    assert "'terminating-gateway'" in listing.left_out[1].reason
+
+
+@pytest.mark.parametrize("connect", [None, True, "yes", [], {"Native": "true"}, {"Native": 1}], ids=repr)
+def test_what_does_not_plainly_say_so_is_not_of_the_mesh(connect: object) -> None:
+    """Only Consul's own way of saying it counts."""
+    assert [each.connect for each in parse_listing([listed(Connect=connect)]).passing] == [False]
+
+
+@pytest.mark.parametrize("proxy", [None, 5, {}, {"DestinationServiceName": None}], ids=repr)
+def test_a_proxy_for_nobody_hides_no_other(proxy: object) -> None:
+    """It is left out, and the instance beside it is there."""
+    listing = parse_listing([SIDECAR | {"Service": SIDECAR["Service"] | {"Proxy": proxy}}, GOOD], mesh=False)
+    assert [each.id for each in listing.passing] == ["good"]
+
+
 NO_CHECKS: list[object] = [5, [None], [{}], ["passing"], {"a": 1}]
 NO_ENTRIES: list[object] = [
     *(None, 5, "x", [], {}, {"Service": None}, {"Service": {}}, GOOD | {"Node": None}, GOOD | {"Service": 5}),

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import httpx
@@ -25,6 +26,9 @@ from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.pool import Pool
 from registry.discovery.retry import RetryBudget
+from registry.mesh.identity import MeshIdentity
+from registry.mesh.tls import tls_context
+from tests.support.authority import Authority, FixedSource
 from tests.support.raw import OK, Handler, raw_servers
 from tests.support.server import Answer, Serve
 
@@ -308,6 +312,45 @@ async def test_ssl() -> None:
             with pytest.raises(httpx.ConnectError):
                 await client.get("cards", "/")
             assert client.explain("cards").endpoints[0].ejected_for == 0.0
+
+
+async def handshakes(options: ConnectionOptions) -> int:
+    """How many it takes for two calls, 0.1 s apart, of an instance of the mesh."""
+    accepted = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        with suppress(OSError, asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(OK)
+        writer.close()
+
+    mesh = Authority()
+    context = tls_context(ssl.PROTOCOL_TLS_SERVER, mesh.service("cards").leaf(), mesh.roots())
+    async with (
+        MeshIdentity("caller", FixedSource(mesh.service("caller").leaf(), mesh.roots())) as me,
+        await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server,
+    ):
+        port = server.sockets[0].getsockname()[1]
+        resolver = StaticResolver({"cards": [Instance("a", "cards", "127.0.0.1", port, connect=True)]})
+        used = dataclasses.replace(options, peers=turn(ConnectionOptions, peers=me).peers)
+        async with ServiceDiscoveryClient(resolver, connections=used) as client:
+            for _ in range(2):
+                await client.get("cards", "/")
+                await asyncio.sleep(0.1)
+    return accepted
+
+
+async def test_peers() -> None:
+    """They take the place of ``ssl`` for instances of the mesh, whose connections ``keepalive`` is not for."""
+    assert await handshakes(ConnectionOptions(keepalive=0.05, ssl=ssl.create_default_context())) == 1
+    assert ConnectionOptions().peers_keepalive == 60.0
+
+
+async def test_peers_keepalive() -> None:
+    """A connection to an instance of the mesh that was idle for longer is not used again."""
+    assert await handshakes(turn(ConnectionOptions, peers_keepalive=0.05)) == 2
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from registry.discovery.call import Terms
 from registry.discovery.endpoint import Endpoint, LastFailure
 from registry.discovery.explanation import EndpointState, Explanation
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
+from registry.discovery.peers import Peers
 from registry.discovery.resolver import Resolver, StaticResolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.sync import SyncDiscoveryTransport
@@ -19,6 +20,7 @@ from registry.errors import (
     RegistryUnavailableError,
     ResponseTooLargeError,
     ServiceNotFoundError,
+    UnsafeAgentError,
 )
 from registry.model import Absence, Instance, LeftOut, ServiceHealth, Snapshot, View
 from registry.presence.registrar import Registrar
@@ -61,6 +63,7 @@ __all__ = [
     "ObservedCall",
     "Observer",
     "Observers",
+    "Peers",
     "Pick",
     "PickReason",
     "Policy",
@@ -79,5 +82,6 @@ __all__ = [
     "StaticResolver",
     "SyncDiscoveryTransport",
     "Terms",
+    "UnsafeAgentError",
     "View",
 ]

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import httpx
@@ -11,6 +10,7 @@ from registry.discovery.balancing import Policy
 from registry.discovery.call import Terms
 from registry.discovery.explanation import Explanation
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
+from registry.discovery.peers import Peers
 from registry.discovery.redirects import Way
 from registry.discovery.request import Headers, Requests, timeouts_of
 from registry.discovery.resolver import Resolver
@@ -116,9 +116,8 @@ class ServiceDiscoveryClient:
         asked: dict[str, Any] = {"timeout": timeouts, "hedge": self._hedge if hedge is None else hedge}
         if idempotent is not None:
             asked["idempotent"] = idempotent
-        if extensions:
-            asked |= extensions
-            tag = asked.get("tag", tag)
+        asked |= extensions or {}
+        tag = asked.get("tag", tag)
         request, other = self._requests.build(
             method,
             service_name,
@@ -235,6 +234,10 @@ class ServiceDiscoveryClient:
         """Tells it of all this, too, from now on."""
         self._transport.observers.add(observer)
 
+    def use_peers(self, peers: Peers | None) -> None:
+        """Calls instances of the mesh by it, unless ``connections`` names others; before the first call."""
+        self._transport.use_peers(peers)
+
     async def aclose(self) -> None:
         """Closes all connections and ends the watches."""
         await self._way.aclose()
@@ -243,7 +246,5 @@ class ServiceDiscoveryClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()

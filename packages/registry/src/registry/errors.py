@@ -6,6 +6,7 @@
     ├── InvalidInputError (ValueError)            an invalid name, path, port or tag: nothing was sent
     ├── ResponseTooLargeError (httpx.TransportError)  a response exceeds a limit of ConnectionOptions
     ├── RegistryUnavailableError                  Consul can't be reached, and nothing is known from before
+    ├── UnsafeAgentError                          the agent gives this service's private key to others
     └── ServiceNotFoundError (ValueError)         Consul answered: nobody has registered that name
         └── NoHealthyInstanceError                the service is registered, but none of its instances is usable
 
@@ -22,6 +23,7 @@ __all__ = [
     "RegistryUnavailableError",
     "ResponseTooLargeError",
     "ServiceNotFoundError",
+    "UnsafeAgentError",
 ]
 
 
@@ -42,6 +44,18 @@ class ResponseTooLargeError(RegistryError, httpx.TransportError):
 
     def __init__(self, what: str, option: str, limit: int) -> None:
         super().__init__(f"{what}: ConnectionOptions({option}={limit}) allows no more")
+
+
+class UnsafeAgentError(RegistryError):
+    """Consul's agent gives this service's certificate and private key to whoever asks (CVE-2026-105765)."""
+
+    def __init__(self, agent: str, service: str) -> None:
+        super().__init__(
+            f"the agent at {agent} gives the private key of {service} to requests without a token, too "
+            "(CVE-2026-105765: Consul 1.17.0 to 2.0.4), so whoever reaches it can pass for this service. Use Consul "
+            "2.1.0 or later; or let a server sign the certificate: install registry[mesh] and set CONSUL_GRPC_ADDR; "
+            "or, if this agent serves this service alone, set CONSUL_CONNECT_ALLOW_UNSAFE_AGENT=true"
+        )
 
 
 class ServiceNotFoundError(RegistryError, ValueError):

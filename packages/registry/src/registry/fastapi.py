@@ -1,15 +1,16 @@
 """Makes a FastAPI app a service that others find while it can answer, and that can call them by name."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, routing
+from fastapi import Depends, FastAPI
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from registry.apps import about, known
 from registry.client import ServiceDiscoveryClient
 from registry.consul.resolver import ConsulResolver
 from registry.discovery import context
@@ -17,21 +18,25 @@ from registry.discovery.resolver import Resolver
 from registry.errors import InvalidInputError
 from registry.limits import SlowBodyMiddleware
 from registry.logs import set_fields, take_over_uvicorn
+from registry.mesh.guard import CALLER
+from registry.mesh.membership import joined
 from registry.presence.drain import DrainOnSigterm
 from registry.presence.health import ROOT, Check, DegradedError, find_state, health_router
 from registry.presence.registrar import Registrar
 from registry.problems import add_problem_handlers, problem, problem_responses
 from registry.settings import ConsulSettings, ServiceSettings
 from registry.shedding import Shedding, shedding
-from registry.state import STATE_PATH, state_router
+from registry.state import state_router
 from registry.telemetry import Journal, Observer, Observers
 
 __all__ = [
+    "Caller",
     "Check",
     "DegradedError",
     "DiscoveryClient",
     "RegistryMiddleware",
     "add_problem_handlers",
+    "calling_service",
     "discovery_client",
     "health_router",
     "lifespan",
@@ -65,9 +70,10 @@ def lifespan(
     have: ``lambda resolver: ServiceDiscoveryClient(resolver, ejection=...)``. ``observer``: is told of calls, instances
     and this one's registration (``registry.telemetry``); one that is an asynchronous context manager is entered first.
 
+    ``CONSUL_CONNECT=true``: uvicorn then serves mutual TLS only, and lets in whom Consul's intentions allow.
+
     Raises InvalidInputError when the app starts and already has such a lifespan: one app has one name.
     """
-
     make = client or partial(
         ServiceDiscoveryClient,
         timeout=settings.call_timeout,
@@ -90,49 +96,22 @@ def lifespan(
                     f"this app registers itself under another name already, so not as {settings.name!r}, too: run it "
                     "once for each name, or register the second with ServiceRegistry.register_service"
                 )
-            resolver = ConsulResolver(connection, upstreams=upstreams, observer=told)
+            member = await stack.enter_async_context(joined(settings, connection, lambda: registrar.instance_id))
+            resolver = ConsulResolver(connection, upstreams=upstreams, observer=told, mesh=member.settings.mode)
             caller = await stack.enter_async_context(make(resolver))
             caller.observe(told)
+            caller.use_peers(member.identity)
             await resolver.start()
-            registrar = Registrar(settings, connection, about=_about(app), observer=told)
-            stack.enter_context(_known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            registrar = Registrar(settings, connection, about=about(app), observer=told, mesh=member)
+            stack.enter_context(known(app, registrar=registrar, discovery_client=caller, journal=journal))
             stack.enter_context(shedding(app.state, settings))
+            member.protect(app)
             set_fields("registrar", lambda: {"instance": registrar.instance_id})
             async with DrainOnSigterm(registrar.withdraw, registrar.aclose, settings.drain_seconds):
                 registrar.start()
                 yield state
 
     return run
-
-
-def _about(app: FastAPI) -> dict[str, str]:
-    """What Consul's users want to know of an instance, as metadata."""
-    # Newer releases of FastAPI keep the routes of an included router in one of their own.
-    each_route = getattr(routing, "iter_route_contexts", iter)
-    paths = [path for route in each_route(app.routes) if isinstance(path := getattr(route, "path", None), str)]
-    told = {"metrics_path": "/metrics", "state_path": STATE_PATH}
-    found = {name: next((path for path in paths if path.endswith(end)), "") for name, end in told.items()}
-    return {"version": app.version} | {name: path for name, path in found.items() if path}
-
-
-@contextmanager
-def _known(app: FastAPI, **parts: object) -> Iterator[None]:
-    """Within it, requests find these: at the app, and by it from the apps that are mounted in it."""
-    stack = app.middleware_stack or app.build_middleware_stack()
-
-    async def with_root(scope: Scope, receive: Receive, send: Send) -> None:
-        scope[ROOT] = app
-        await stack(scope, receive, send)
-
-    for name, part in parts.items():
-        setattr(app.state, name, part)
-    app.middleware_stack, whole = with_root, app.middleware_stack
-    try:
-        yield
-    finally:
-        app.middleware_stack = whole
-        for name in parts:
-            delattr(app.state, name)
 
 
 class RegistryMiddleware:
@@ -235,3 +214,14 @@ def discovery_client(connection: HTTPConnection) -> ServiceDiscoveryClient:
 
 DiscoveryClient = Annotated[ServiceDiscoveryClient, Depends(discovery_client)]
 """An endpoint's parameter type: the app's one client, as in ``async def route(client: DiscoveryClient)``."""
+
+
+def calling_service(connection: HTTPConnection) -> str | None:
+    """What ``Caller`` depends on. A test gives its own: ``app.dependency_overrides[calling_service] = …``."""
+    name: str | None = connection.scope.get(CALLER)
+    return name
+
+
+Caller = Annotated[str | None, Depends(calling_service)]
+"""An endpoint's parameter type: the service that calls, in lower case, as its certificate proves and an intention
+allows. None: this service is not served by mutual TLS (``CONSUL_CONNECT=true``), or it is ``GET /health``."""

@@ -28,6 +28,8 @@ class Instance:
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
     weight: int = 1
     """Share of the traffic relative to the other instances; Consul's ``Weights.Passing``."""
+    connect: bool = False
+    """It speaks Consul Connect: mutual TLS, with the certificates of the mesh."""
 
     @overload
     def __getitem__(self, name: Literal["port", "weight"]) -> int: ...
@@ -37,6 +39,8 @@ class Instance:
     def __getitem__(self, name: Literal["tags"]) -> Sequence[str]: ...
     @overload
     def __getitem__(self, name: Literal["meta"]) -> Mapping[str, str]: ...
+    @overload
+    def __getitem__(self, name: Literal["connect"]) -> bool: ...
     @overload
     def __getitem__(self, name: str) -> object: ...
 
@@ -52,8 +56,8 @@ class Instance:
 
     @property
     def scheme(self) -> str:
-        """``https`` if its metadata contain ``secure=true``, as Spring Cloud writes it; otherwise ``http``."""
-        return "https" if self.meta.get("secure", "").lower() == "true" else "http"
+        """``https`` with ``connect``, or if its metadata contain ``secure=true``, as Spring Cloud writes it."""
+        return "https" if self.connect or self.meta.get("secure", "").lower() == "true" else "http"
 
     @property
     def netloc(self) -> str:

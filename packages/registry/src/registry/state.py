@@ -86,6 +86,7 @@ def _endpoint(endpoint: EndpointState) -> dict[str, Any]:
         "id": endpoint.id,
         "netloc": endpoint.netloc,
         "weight": endpoint.weight,
+        "connect": endpoint.connect,
         "in_flight": endpoint.in_flight,
         "latency": endpoint.latency,
         "picks": endpoint.picks,

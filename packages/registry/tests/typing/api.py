@@ -95,7 +95,8 @@ def model(instance: Instance, health: ServiceHealth, snapshot: Snapshot) -> None
     assert_type(health.status, str)
     assert_type(health.checks, Mapping[str, str])
     assert_type(snapshot[0], Instance)
-    Instance("id", "cards-api", "10.0.0.1", 8002, tags=("v1",), meta={}, weight=2)
+    Instance("id", "cards-api", "10.0.0.1", 8002, tags=("v1",), meta={}, weight=2, connect=True)
+    assert_type(instance["connect"], bool)
 
 
 async def client(resolver: Resolver) -> None:

@@ -48,9 +48,13 @@ class Listing:
     """How many of them are in maintenance."""
 
 
-def health_path(service: str) -> str:
-    """Where Consul lists the instances of a service, whatever characters its name holds."""
-    return f"/v1/health/service/{quote(service, safe='')}"
+def health_path(service: str, *, mesh: bool = False) -> str:
+    """Where Consul lists the instances of a service, whatever characters its name holds.
+
+    ``mesh``: whoever speaks Consul Connect for it, natively or as a proxy beside it, and nobody else.
+    Source: https://developer.hashicorp.com/consul/api-docs/health#list-nodes-for-connect-capable-service
+    """
+    return f"/v1/health/{'connect' if mesh else 'service'}/{quote(service, safe='')}"
 
 
 def right_path(service: str) -> str:
@@ -61,8 +65,11 @@ def right_path(service: str) -> str:
     return f"/v1/agent/health/service/name/{quote(service, safe='')}"
 
 
-def parse_listing(entries: Any) -> Listing:
-    """The entries, sorted out. Raises: TypeError, when this is no list, or not one entry looks like Consul's."""
+def parse_listing(entries: Any, *, mesh: bool = False) -> Listing:
+    """The entries, sorted out. ``mesh``: whoever does not speak Consul Connect can't be called, such as a gateway.
+
+    Raises: TypeError, when this is no list, or not one entry looks like Consul's.
+    """
     if not isinstance(entries, list):
         raise TypeError(f"not a list: {str(entries)[:100]}")
     instances, passing, failing, uncallable, left_out = [], [], set(), set(), []
@@ -72,6 +79,8 @@ def parse_listing(entries: Any) -> Listing:
         try:
             instance, node = _instance(entry), str(entry["Node"].get("Node"))
             absence, maintenance = _absence(entry.get("Checks") or ())
+            if mesh and not instance.connect:
+                raise InvalidInputError(f"it is no instance or sidecar proxy, but {entry['Service'].get('Kind')!r}")
         except InvalidInputError as error:
             uncallable.add(
                 LeftOut(str(entry["Service"].get("ID")), f"it can't be called: {error}"[:_MAX_REASON], "uncallable")
@@ -119,6 +128,7 @@ def tell_left_out(listing: Listing, service: str, told: Collection[LeftOut]) -> 
 
 def _instance(entry: dict[str, Any]) -> Instance:
     service, node = entry["Service"], entry["Node"]
+    proxy, connect = service.get("Kind") == "connect-proxy", service.get("Connect")
     port = service.get("Port")
     if not port:  # Consul omits it when it is 0
         raise InvalidInputError("it is registered without a port")
@@ -126,12 +136,14 @@ def _instance(entry: dict[str, Any]) -> Instance:
     weight = weights.get("Passing") if isinstance(weights, dict) else 1
     return Instance(
         id=_text(service["ID"]),
-        service=_text(service["Service"]),
+        # A proxy goes by a name of its own, and shows the certificate of the service that it stands for.
+        service=_text(service["Proxy"]["DestinationServiceName"] if proxy else service["Service"]),
         address=_address(service.get("Address") or node.get("Address")),
         port=check_port(port),
         tags=tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else (),
         meta={key: value for key, value in meta.items() if isinstance(value, str)} if isinstance(meta, dict) else {},
         weight=min(weight, _MAX_WEIGHT) if type(weight) is int and weight >= 1 else 1,
+        connect=proxy or (isinstance(connect, dict) and connect.get("Native") is True),
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Literal, TypeAlias
 
 from registry.consul.catalog import Names, watch_names
 from registry.consul.connection import AsyncConsul
@@ -14,6 +15,8 @@ from registry.settings import ConsulSettings
 from registry.telemetry import Observer, Observers, background_context
 from registry.validation import check_known_service, check_tag
 
+Mesh: TypeAlias = Literal["false", "client", "true"]
+
 __all__ = ["ConsulResolver"]
 
 
@@ -23,7 +26,9 @@ class ConsulResolver:
     The first question about a service waits for Consul, at most ``first_answer_timeout`` seconds; others never wait.
     Services in ``upstreams`` are watched from ``start`` until the end. Any other watch ends after ``idle_timeout``
     seconds without a question; when there are ``max_watches``, a new one replaces the least recently used.
-    ``observer``: is told when a watch is lost, is back, or brings a change.
+    ``observer``: is told when a watch is lost, is back, or brings a change. ``mesh``: what ``CONSUL_CONNECT`` says;
+    with ``"true"`` only those are instances of a service who speak Consul Connect for it, natively or as its sidecar
+    proxy; otherwise those who don't are, too.
     """
 
     def __init__(
@@ -35,12 +40,14 @@ class ConsulResolver:
         idle_timeout: float = 300.0,
         max_watches: int = 100,
         observer: Observer | None = None,
+        mesh: Mesh = "false",
     ) -> None:
         self.settings = settings or ConsulSettings()
         self._upstreams = frozenset(check_known_service(name).lower() for name in upstreams)
         self._first_answer_timeout = first_answer_timeout
         self._idle_timeout = idle_timeout
         self._max_watches = max_watches
+        self._mesh = mesh == "true"
         self._consul: AsyncConsul | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = os.getpid()
@@ -106,7 +113,7 @@ class ConsulResolver:
             if tag is not None:
                 check_tag(tag)
             self._make_room()
-            watch = self._watches[key] = Watch(consul, key[0], tag, observers=self._observers)
+            watch = self._watches[key] = Watch(consul, key[0], tag, observers=self._observers, mesh=self._mesh)
             # An empty context: the watch must not carry the first caller's trace or request for ever.
             watch.task = loop.create_task(
                 self._run(key, watch), name=f"registry watch {key[0]}", context=background_context()

@@ -57,8 +57,12 @@ class Watch:
         tag: str | None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         observers: Observers | None = None,
+        *,
+        mesh: bool = False,
     ) -> None:
+        """``mesh``: only of those who speak Consul Connect for it."""
         self._consul = consul
+        self._mesh = mesh
         self._service = service
         self._tag = tag
         self._sleep = sleep
@@ -136,13 +140,15 @@ class Watch:
         http = self._consul.http
         with consul_errors(self._consul.settings):
             try:
-                raw_index, entries = await http.get(CB.json(index=True), health_path(self._service), params)
+                raw_index, entries = await http.get(
+                    CB.json(index=True), health_path(self._service, mesh=self._mesh), params
+                )
             except UnprovenEmptyError as unproven:
                 await http.get(CB.json(), right_path(self._service))
                 if not await http.get(CB.json(), "/v1/catalog/nodes"):
                     raise
                 raw_index, entries = unproven.index, []
-        return int(raw_index), parse_listing(entries)
+        return int(raw_index), parse_listing(entries, mesh=self._mesh)
 
     async def _query(self) -> None:
         index, listing = await self._ask()

@@ -12,6 +12,9 @@
 | any of these timeouts, earlier, because of the caller's own limit         | perhaps | the caller     |
 | ``ReadError``, ``WriteError``, ``RemoteProtocolError``, ``DecodingError`` | perhaps | the instance   |
 | ``ConnectError``, ``ConnectTimeout`` during the TLS handshake             | no      | nobody         |
+| likewise, with an instance that has ``connect`` or ``secure=true``        | no      | the instance   |
+| ``ConnectError``: it proved to be another service than the one called     | no      | the instance   |
+| ``ConnectError``: it does not accept our certificate, or we have none     | no      | nobody         |
 | no file descriptor, port or memory left; the name server does not answer  | no      | the caller     |
 | ``PoolTimeout``: all connections in use                                   | no      | the caller     |
 | ``LocalProtocolError``, ``UnsupportedProtocol``                           | no      | the caller     |
@@ -21,7 +24,10 @@
 | anything else                                                             | perhaps | nobody         |
 
 A failed handshake may only mean that the port does not serve TLS, or that the caller lacks a CA. If an instance with
-``secure=true`` breaks off the handshake or does not answer it, that counts against the instance. An outcome that counts
+``secure=true`` breaks off the handshake or does not answer it, that counts against the instance. So does, with
+``connect``, a certificate that is not the called service's; a caller's own that a server refuses, or that is not there
+yet, counts against nobody. With TLS 1.3 a server refuses it after the request may have been sent: if it says so by an
+alert, it has read none of it; if it only closes the connection, that is a ``ReadError``. An outcome that counts
 against nobody ejects nobody, but makes the instance a less likely choice for a moment: an instance that fails in an
 unknown way must not attract calls by failing quickly.
 """
@@ -35,6 +41,7 @@ import httpx
 
 from registry.discovery.advice import retry_after, why_declined
 from registry.discovery.connections import is_local_shortage
+from registry.discovery.peers import NoCertificateError, PeerError, RejectedError, rejection
 from registry.telemetry import AttemptOutcome
 
 __all__ = ["Blame", "Failure", "Verdict", "judge", "outcome_name"]
@@ -97,7 +104,10 @@ def judge(
     if isinstance(outcome, (httpx.ConnectError, httpx.ConnectTimeout)):
         causes = list(_causes(outcome))
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
+            proven = any(isinstance(cause, PeerError) for cause in causes)
             unknown = not tls or any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
+            ours = any(isinstance(cause, (NoCertificateError, RejectedError)) or rejection(cause) for cause in causes)
+            unknown = ours or (unknown and not proven)
             return Verdict(Failure.NOT_SENT, Blame.NOBODY if unknown else Blame.INSTANCE)
         short = any(is_local_shortage(cause) for cause in causes)
         return Verdict(Failure.NOT_SENT, Blame.CALLER if short else Blame.INSTANCE)
@@ -116,13 +126,15 @@ def outcome_name(outcome: httpx.Response | Exception, verdict: Verdict) -> Attem
         return "ok"
     if isinstance(outcome, httpx.Response):
         return "shed" if verdict.failure is Failure.NOT_EXECUTED else "status"
-    if verdict.failure is Failure.NOT_SENT and verdict.blame is Blame.INSTANCE:
+    if verdict.failure is Failure.NOT_SENT:
+        if verdict.blame is not Blame.INSTANCE:
+            return "not_sent"
         return "connect_timeout" if isinstance(outcome, httpx.ConnectTimeout) else "refused"
     if isinstance(outcome, (httpx.ReadTimeout, httpx.WriteTimeout)):
         return "timeout"
     if isinstance(outcome, _BROKEN):
         return "broken"
-    return "error" if verdict.blame is Blame.NOBODY and verdict.failure is Failure.FINAL else "not_sent"
+    return "error" if verdict.blame is Blame.NOBODY else "not_sent"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,12 +10,15 @@ from typing import cast
 import httpx
 
 from registry.discovery.http11 import Exchange
+from registry.discovery.peers import rejection
 from registry.discovery.plain import Answer
 
 __all__ = ["Connection"]
 
 _UNREAD = 262_144
 """Bytes that may wait for a slow reader before the sender is made to wait."""
+_TURNS = 8
+"""Within so many turns of its own, the event loop has told what came in."""
 # Whatever there is to read on an idle connection, its end included, makes it unusable: nobody has asked for it.
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 
@@ -37,9 +40,16 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._closed = False
+        self._lost_by: Exception | None = None
+        self._heard = False
+        """Whether the other side has ever said anything."""
 
-    async def secure(self, context: ssl.SSLContext, host: str) -> None:
-        """Speaks TLS from here on. Raises: ssl.SSLError, whatever else ends the handshake."""
+    async def secure(self, context: ssl.SSLContext, host: str) -> ssl.SSLObject:
+        """Speaks TLS from here on. Raises: ssl.SSLError, whatever else ends the handshake, or the connection with it.
+
+        With TLS 1.3 a server looks at our certificate when our handshake is over already: if it is known by now that it
+        does not accept that, nothing is sent.
+        """
         try:
             transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
         except ssl.SSLError:
@@ -48,6 +58,12 @@ class Connection(asyncio.Protocol):
             raise ssl.SSLError(f"the TLS handshake broke off: {error!r}") from error
         assert transport is not None
         self._transport = transport
+        if self._poll.poll(0):
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
+        if self._closed:
+            raise rejection(self._lost_by) or ssl.SSLError("the connection was closed right after the handshake")
+        return cast("ssl.SSLObject", transport.get_extra_info("ssl_object"))
 
     def start(self, exchange: Exchange) -> None:
         """Sends the request, or begins to, without waiting."""
@@ -171,6 +187,7 @@ class Connection(asyncio.Protocol):
         if self._exchange is None:
             self.close()  # An answer that nobody asked for must not become the answer to the next request.
             return
+        self._heard = True
         self._exchange.receive(data)
         if self._exchange.unread > _UNREAD:
             self._transport.pause_reading()
@@ -186,9 +203,14 @@ class Connection(asyncio.Protocol):
 
     def _end(self, error: Exception | None) -> None:
         self._closed = True
+        self._lost_by = self._lost_by or error
         if self._exchange is None:
             return
-        if error is not None:
+        if not self._heard and (rejected := rejection(error)):
+            unsent = httpx.ConnectError(str(rejected))
+            unsent.__cause__ = rejected
+            self._fail(unsent)
+        elif error is not None:
             self._fail(httpx.ReadError(str(error) or type(error).__name__))
         else:
             self._exchange.end()

@@ -13,6 +13,8 @@ import httpx
 
 from registry.discovery.connection import Connection
 from registry.discovery.options import ConnectionOptions
+from registry.discovery.peers import context_for, proven
+from registry.model import Instance
 
 __all__ = ["Connections", "Origin", "is_local_shortage"]
 
@@ -27,6 +29,13 @@ class Origin(NamedTuple):
     scheme: str
     host: str
     port: int
+    peer: str = ""
+    """The service that it is proven to lead to. Empty: nobody's proof is asked for."""
+
+    @classmethod
+    def of(cls, instance: Instance, scheme: str) -> "Origin":
+        """Where to reach an instance."""
+        return cls(scheme, instance.address, instance.port, instance.service if instance.connect else "")
 
 
 class Connections:
@@ -77,7 +86,7 @@ class Connections:
         if connection.finish():
             self._idle.setdefault(origin, deque()).append(connection)
             if self._sweep is None:
-                self._sweep = self._loop.call_later(self._options.keepalive, self._close_expired)
+                self._sweep = self._loop.call_later(self._keepalive(origin), self._close_expired)
         self._next_turn()
 
     def close(self) -> None:
@@ -96,10 +105,10 @@ class Connections:
         return left if limit is None else min(limit, left)
 
     def _kept(self, origin: Origin) -> Connection | None:
-        idle, now = self._idle.get(origin), time.monotonic()
+        idle, oldest = self._idle.get(origin), time.monotonic() - self._keepalive(origin)
         while idle:
             connection = idle.pop()
-            if now - connection.idle_since < self._options.keepalive and connection.is_usable():
+            if connection.idle_since > oldest and connection.is_usable():
                 return connection
             connection.close()
         return None
@@ -112,14 +121,18 @@ class Connections:
             self._loop.call_soon(self._next_turn)  # There may be room for one more, unless this one finds a shortage.
         try:
             async with asyncio.timeout(limit) as scope:
+                tls, peers = self._context(origin), self._options.peers
                 connect = self._loop.create_connection
                 # uvloop does not know the delay, and tries one address of a name after the other.
                 if isinstance(self._loop, asyncio.BaseEventLoop) and not _is_address(origin.host):
                     connect = partial(connect, happy_eyeballs_delay=_HAPPY_EYEBALLS)
                 await connect(lambda: connection, origin.host, origin.port)
                 connected = True
-                if origin.scheme == "https":
-                    await connection.secure(self._context(), origin.host)
+                if origin.peer and tls and peers:
+                    with proven(origin.peer, f"{origin.host}:{origin.port}"):
+                        peers.verify(origin.peer, await connection.secure(tls, peers.server_name(origin.peer)))
+                elif tls:
+                    await connection.secure(tls, origin.host)
             stands = True
             return connection
         except TimeoutError as error:
@@ -141,7 +154,15 @@ class Connections:
                 self._short = short
                 self._next_turn()
 
-    def _context(self) -> ssl.SSLContext:
+    def _keepalive(self, origin: Origin) -> float:
+        return self._options.peers_keepalive if origin.peer else self._options.keepalive
+
+    def _context(self, origin: Origin) -> ssl.SSLContext | None:
+        """What to secure the connection with; None: nothing. Raises: NoCertificateError."""
+        if origin.peer:
+            return context_for(self._options.peers, origin.peer)
+        if origin.scheme == "http":
+            return None
         if self._tls is None:
             self._tls = self._options.ssl or httpx.create_ssl_context()
         return self._tls
@@ -194,8 +215,9 @@ class Connections:
                 return
 
     def _close_expired(self) -> None:
-        oldest = time.monotonic() - self._options.keepalive
+        now = time.monotonic()
         for origin, idle in list(self._idle.items()):
+            oldest = now - self._keepalive(origin)
             while idle and (idle[0].idle_since <= oldest or not idle[0].is_usable()):
                 idle.popleft().close()
             if not idle:

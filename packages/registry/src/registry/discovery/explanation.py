@@ -18,6 +18,8 @@ class EndpointState:
     id: str
     netloc: str
     weight: int
+    connect: bool
+    """Whether it is called over mutual TLS, and has to prove who it is."""
     in_flight: int
     latency: float
     picks: int
@@ -47,6 +49,7 @@ class EndpointState:
             id=endpoint.instance.id,
             netloc=endpoint.instance.netloc,
             weight=endpoint.instance.weight,
+            connect=endpoint.instance.connect,
             in_flight=endpoint.in_flight,
             latency=endpoint.latency(now),
             picks=sum(counts.picks.values()),

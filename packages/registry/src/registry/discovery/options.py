@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from ssl import SSLContext
 
+from registry.discovery.peers import Peers
 from registry.errors import InvalidInputError
 
 __all__ = ["ConnectionOptions", "EjectionPolicy"]
@@ -25,6 +26,10 @@ class ConnectionOptions:
 
     ssl: SSLContext | None = None
     """For instances with ``secure=true`` in their metadata, for example with a private CA; None: httpx's default."""
+    peers: Peers | None = None
+    """For instances with ``connect``: a ``MeshIdentity``. None: such instances are not called."""
+    peers_keepalive: float = 60.0
+    """Seconds to keep an idle connection to one of those: below the 75 of their servers; a handshake is dear."""
 
     def __post_init__(self) -> None:
         _check_above_zero(self)

@@ -14,6 +14,7 @@ from registry.discovery.connections import Connections, Origin
 from registry.discovery.decoding import unpacked
 from registry.discovery.http11 import Exchange
 from registry.discovery.options import ConnectionOptions
+from registry.discovery.peers import refuse_peer
 from registry.discovery.plain import Answer, names
 from registry.errors import ResponseTooLargeError
 from registry.model import Instance
@@ -52,6 +53,7 @@ class HttpxSender:
     async def send(
         self, request: httpx.Request, instance: Instance, extra: Mapping[str, str], limit: float | None, *, read: bool
     ) -> httpx.Response:
+        refuse_peer(instance)
         replaced = names(extra)
         kept = [pair for pair in request.headers.raw if pair[0].lower() not in replaced]
         addressed = httpx.Request(
@@ -89,7 +91,6 @@ class HttpxSender:
         await _mark_read(response, bytes(content), self._options)
 
     async def aclose(self) -> None:
-        """Closes the transport."""
         await self._transport.aclose()
 
 
@@ -113,7 +114,7 @@ class H11Sender:
             until = asyncio.get_running_loop().time() + limit
             if read and limit <= (timeouts.get("read") or limit):
                 exchange.timeouts = {"write": timeouts.get("write")}  # The limit comes first: no timer for each wait.
-        origin = Origin(_scheme(request, instance), instance.address, instance.port)
+        origin = Origin.of(instance, _scheme(request, instance))
         connection = stream = None
         scope = asyncio.timeout_at(until)
         try:
@@ -158,7 +159,6 @@ class H11Sender:
         return self._connections
 
     async def aclose(self) -> None:
-        """Closes all connections."""
         if self._connections is not None and self._loop is asyncio.get_running_loop():
             self._connections.close()
             await asyncio.sleep(0)  # The event loop closes sockets with its next turn.

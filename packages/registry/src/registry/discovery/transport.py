@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 
 import httpx
@@ -15,6 +16,7 @@ from registry.discovery.call import Call, Outcome, Terms
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.explanation import Explanation
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
+from registry.discovery.peers import Peers
 from registry.discovery.pool import Pool
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
@@ -66,7 +68,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         self._policy: Policy = policy
         self._ejection = ejection or EjectionPolicy()
         self._upstreams: dict[tuple[str, str | None], Upstream] = {}
-        self._sender: Sender = H11Sender(connections) if transport is None else HttpxSender(transport, connections)
+        self._connections, self._inner = connections or ConnectionOptions(), transport
+        self._sender = self._new_sender()
         named_pick(policy)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -106,6 +109,15 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
                 return call.outcome
             if failure is None or not self._goes_on(call, failure):
                 return call.give_up()
+
+    def use_peers(self, peers: Peers | None) -> None:
+        """Calls instances of the mesh by it, unless ``connections`` names others; before the first call."""
+        if self._connections.peers is None:
+            self._connections = replace(self._connections, peers=peers)
+            self._sender = self._new_sender()
+
+    def _new_sender(self) -> Sender:
+        return H11Sender(self._connections) if self._inner is None else HttpxSender(self._inner, self._connections)
 
     def explain(self, service: str, tag: str | None = None) -> Explanation:
         """The state of each instance in this process: why it is picked or not. Reads memory only, never blocks."""

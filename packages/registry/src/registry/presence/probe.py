@@ -2,22 +2,44 @@
 
 import asyncio
 import ssl
+from typing import Protocol
 
 import httpx
 
 from registry.presence.registration import Registration
 
-__all__ = ["Probe"]
+__all__ = ["Mesh", "Probe"]
+
+
+class Mesh(Protocol):
+    """How the service is served: ``registry.mesh.membership.Membership`` is one."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether it speaks Consul Connect itself."""
+        ...
+
+    def hindrance(self) -> str | None:
+        """What must come before it can be registered, in words; None: nothing."""
+        ...
 
 
 class Probe:
     """Asks whether the advertised address answers as this instance. Belongs to one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: Mesh | None = None) -> None:
         self._client: httpx.AsyncClient | None = None
+        self._mesh = mesh
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the instance speaks Consul Connect itself."""
+        return self._mesh is not None and self._mesh.serves
 
     async def complaint(self, registration: Registration, timeout: float) -> str | None:
         """What is wrong with the answer, in words; None: it is 200. At most ``timeout`` seconds, raises nothing."""
+        if self._mesh is not None and (hindrance := self._mesh.hindrance()):
+            return hindrance
         asked, name = f"GET {registration.health_check_url}", registration.tls_server_name
         self._client = self._client or _connect(registration)
         try:

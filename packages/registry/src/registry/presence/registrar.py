@@ -9,7 +9,7 @@ from registry.backoff import Backoff
 from registry.consul.connection import AsyncConsul
 from registry.presence.addresses import address_towards, is_ours, leads_astray
 from registry.presence.entry import Entry
-from registry.presence.probe import Probe
+from registry.presence.probe import Mesh, Probe
 from registry.presence.registration import Registration
 from registry.presence.siblings import PAUSE, Siblings
 from registry.presence.standing import Standing
@@ -41,7 +41,7 @@ class Registrar:
     Several processes may do so for one instance, such as uvicorn's workers.
 
     ``about``: default metadata, such as ``version``; the settings take precedence. ``observer``: is told when it is
-    registered, withdrawn or in doubt. Raises: InvalidInputError.
+    registered, withdrawn or in doubt. ``mesh``: says whether it speaks Consul Connect. Raises: InvalidInputError.
     """
 
     def __init__(
@@ -51,13 +51,14 @@ class Registrar:
         *,
         about: Mapping[str, str] | None = None,
         observer: Observer | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self._service = service
         self._about = check_meta(dict(about or {}))
         self._settings = consul or ConsulSettings()
         self._consul = AsyncConsul(self._settings)
         self._entry = Entry(self._consul)
-        self._probe = Probe()
+        self._probe = Probe(mesh)
         self._complaint: str | None = None
         """What was wrong at the last probe."""
         self._task: asyncio.Task[None] | None = None
@@ -205,7 +206,7 @@ class Registrar:
 
     async def _describe(self) -> Registration:
         address = self._service.address or await address_towards(self._settings.host, self._settings.port)
-        return Registration.of(self._service, address, self._about)
+        return Registration.of(self._service, address, self._about, connect=self._probe.is_native)
 
     async def _until_answering(self, registration: Registration) -> None:
         loop = asyncio.get_running_loop()

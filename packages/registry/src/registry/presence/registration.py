@@ -47,6 +47,8 @@ class Registration:
     scheme: Literal["http", "https"] = "http"
     tls_server_name: str | None = None
     tls_skip_verify: bool = False
+    connect: bool = False
+    """Whether it speaks Consul Connect itself."""
     deregister_critical_service_after: str | None = "1m"
 
     def __post_init__(self) -> None:
@@ -65,13 +67,17 @@ class Registration:
             check_duration(self.deregister_critical_service_after)
 
     @classmethod
-    def of(cls, service: ServiceSettings, address: str, about: Mapping[str, str] | None = None) -> Self:
+    def of(
+        cls, service: ServiceSettings, address: str, about: Mapping[str, str] | None = None, *, connect: bool = False
+    ) -> Self:
         """The instance that is reached at this address and keeps itself registered. Raises: InvalidInputError.
 
-        ``about``: metadata that the settings don't say otherwise, such as ``version``.
+        ``about``: metadata that the settings don't say otherwise, such as ``version``. ``connect``: it serves mutual
+        TLS by a certificate that neither the agent nor a probe can verify by its address.
         """
+        scheme: Literal["http", "https"] = "https" if connect else service.scheme
         # "secure" is what Spring and others read.
-        said = {**(about or {}), "secure": "true" if service.scheme == "https" else "false"}
+        said = {**(about or {}), "secure": "true" if scheme == "https" else "false"}
         if service.version is not None:
             said["version"] = service.version
         if len(service.meta.keys() | said) > MAX_META:
@@ -88,9 +94,10 @@ class Registration:
             health_check_timeout="2s",
             health_check_path=service.health_check_path,
             health_check_headers={n: value.get_secret_value() for n, value in service.health_check_headers.items()},
-            scheme=service.scheme,
+            scheme=scheme,
             tls_server_name=service.health_check_tls_server_name,
-            tls_skip_verify=service.health_check_tls_skip_verify,
+            tls_skip_verify=connect or service.health_check_tls_skip_verify,
+            connect=connect,
         )
         # The check names the instance: a newcomer on a reused address must not keep a ghost alive.
         path = registration.health_check_path
@@ -136,4 +143,5 @@ class Registration:
             "meta": self.meta,
             "weights": {"Passing": self.weight, "Warning": 1},
             "check": check,
+            "connect": {"Native": True} if self.connect else None,
         }

@@ -56,7 +56,7 @@ class ConsulAgent:
         self, binary: Path, directory: Path, http_port: int | None, *, acl: bool, in_memory: bool = False
     ) -> None:
         """Settle ports and configuration; no agent runs before `start`."""
-        free_port, self.dns_port, serf_port, server_port = free_ports(4)
+        free_port, self.dns_port, self.grpc_port, serf_port, server_port = free_ports(5)
         self.http_port = http_port or free_port
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.token = str(uuid.uuid4()) if acl else None
@@ -161,7 +161,8 @@ class ConsulAgent:
                 "dns": self.dns_port,
                 "serf_lan": serf_port,
                 "server": server_port,
-                **dict.fromkeys(("serf_wan", "https", "grpc", "grpc_tls"), -1),
+                "grpc": self.grpc_port,
+                **dict.fromkeys(("serf_wan", "https", "grpc_tls"), -1),
             },
             "performance": {"raft_multiplier": 1},
             # The output of a check is seen at once, not with the next change of its status.

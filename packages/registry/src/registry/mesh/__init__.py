@@ -1,0 +1,1 @@
+"""Consul Connect without a sidecar: this service's certificate, whom it lets in, and uvicorn serving mutual TLS."""
