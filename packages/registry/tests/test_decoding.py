@@ -81,7 +81,9 @@ async def test_content_is_what_httpx_unpacks(codings: str, content: bytes) -> No
     assert await unpacked(response(header), packed, MEGABYTE) == by_httpx(header, packed) == content
 
 
-@pytest.mark.parametrize("rest", [b"\0", b"x" * 100_000, gzip.compress(b"another member")])
+@pytest.mark.parametrize(
+    "rest", [b"\0", b"x" * 100_000, gzip.compress(b"another member")], ids=["zero", "long", "member"]
+)
 async def test_what_follows_the_end_is_nothing(rest: bytes) -> None:
     """Like httpx, which knows one member only."""
     packed = gzip.compress(TEXT) + rest
