@@ -59,7 +59,7 @@ class Overload:
 
 
 def overload(quick: bool) -> list[Overload]:
-    """Each way in turn, against processes and a Consul that all rounds share; ``quick``: shedding only, for a moment."""
+    """Each way in turn; processes and Consul are the same in all rounds. ``quick``: shedding only, for a moment."""
     rounds, seconds = (1, 0.5) if quick else (5, 6.0)
     ways = dict(list(WAYS.items())[-1:]) if quick else WAYS
     with running_agent(in_memory=True) as agent, ExitStack() as stack:
