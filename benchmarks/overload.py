@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ import httpx
 
 from registry import ConsulResolver, ConsulSettings, ServiceDiscoveryClient
 from registry.testing.agent import ConsulAgent, running_agent
-from tests.support.command import running_service, wait_until
+from tests.support.command import ServiceProcess, running_service, wait_until
 from tests.support.load import Load, Report
 
 __all__ = ["CALLERS", "GOODPUT", "PATIENCE", "Overload", "overload"]
@@ -60,46 +60,44 @@ class Overload:
 
 def overload(quick: bool) -> list[Overload]:
     """Each way in turn; processes and Consul are the same in all rounds. ``quick``: shedding only, for a moment."""
-    rounds, seconds = (1, 0.5) if quick else (5, 6.0)
+    rounds, seconds = (1, 0.5) if quick else (5, 5.0)
     ways = dict(list(WAYS.items())[-1:]) if quick else WAYS
     with running_agent(in_memory=True) as agent, ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overload-")))
+        services = {f"bench-{number}": variables for number, variables in enumerate(ways.values())}
+        started = [
+            stack.enter_context(_backend(agent, folder, *each)) for each in services.items() for _ in range(INSTANCES)
+        ]
+        for each in started:
+            wait_until(each.is_found, 60.0)
         # The caller keeps to other cores than the instances, or it would take from them what it asks for.
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        stack.callback(_keep_to, cores)
-        _keep_to(cores[:1])
-        services = [f"bench-{number}" for number in range(len(ways))]
-        for service, variables in zip(services, ways.values(), strict=True):
-            stack.enter_context(_backends(agent, service, variables))
-        _keep_to(cores[1:])
+        stack.callback(_keep_to, cores, os.getpid())
+        _keep_to(cores[1:], os.getpid())
+        for each in started:
+            _keep_to(cores[:1], each.process.pid)
         found = [Overload(way) for way in ways]
         for _ in range(rounds):
-            for each, service in zip(found, services, strict=True):
-                asyncio.run(_sample(each, agent, service, seconds))
-                print(f"overload, {each.shedding or 'no shedding'}: goodput {each.goodput[-1]:.2f}", flush=True)
+            for way, service in zip(found, services, strict=True):
+                asyncio.run(_sample(way, agent, service, seconds))
+                print(f"overload, {way.shedding or 'no shedding'}: goodput {way.goodput[-1]:.2f}", flush=True)
     return found
 
 
-def _keep_to(cores: Sequence[int]) -> None:
-    """This process, and those that it starts from now on."""
-    if cores:
-        os.sched_setaffinity(0, cores)
+def _keep_to(cores: Sequence[int], pid: int) -> None:
+    """The process's threads, and those that they start from now on."""
+    for thread in Path(f"/proc/{pid}/task").iterdir() if cores else ():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 @contextmanager
-def _backends(agent: ConsulAgent, service: str, variables: Mapping[str, str]) -> Iterator[None]:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overload-")))
-        env = {"DATABASE_URL": f"sqlite:///{folder}/cards.db", "LOG_LEVEL": "ERROR", **variables}
-        options = ("--no-access-log", "--loop=asyncio", "--http=h11")
-        started = [
-            stack.enter_context(
-                running_service("backend.main:app", service, *options, consul=agent, env=env, wait=False)
-            )
-            for _ in range(INSTANCES)
-        ]
-        for each in started:
-            wait_until(each.is_found, 120.0)
-        yield
+def _backend(agent: ConsulAgent, folder: Path, service: str, variables: Mapping[str, str]) -> Iterator[ServiceProcess]:
+    """Starting; all of a service share one database."""
+    env = {"DATABASE_URL": f"sqlite:///{folder}/{service}.db", "LOG_LEVEL": "ERROR", **variables}
+    options = ("--no-access-log", "--loop=asyncio", "--http=h11")
+    with running_service("backend.main:app", service, *options, consul=agent, env=env, wait=False) as started:
+        yield started
 
 
 @asynccontextmanager
