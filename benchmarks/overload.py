@@ -28,6 +28,10 @@ INSTANCES = 2
 CALLERS = 16
 """As many as keep the instances busy, and wait for nothing but their turn."""
 CARDS = 200
+ROUNDS = 5
+SECONDS = 5.0
+"""Of each load."""
+START_SECONDS = 60.0
 WAYS: dict[str, dict[str, str]] = {"": {}, "SERVICE_SHED_LAG=0.1": {"SERVICE_SHED_LAG": "0.1"}}
 """What is set for the instances → the variables."""
 
@@ -60,7 +64,7 @@ class Overload:
 
 def overload(quick: bool) -> list[Overload]:
     """Each way in turn; processes and Consul are the same in all rounds. ``quick``: shedding only, for a moment."""
-    rounds, seconds = (1, 0.5) if quick else (5, 5.0)
+    rounds, seconds = (1, 0.5) if quick else (ROUNDS, SECONDS)
     ways = dict(list(WAYS.items())[-1:]) if quick else WAYS
     with running_agent(in_memory=True) as agent, ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overload-")))
@@ -69,7 +73,7 @@ def overload(quick: bool) -> list[Overload]:
             stack.enter_context(_backend(agent, folder, *each)) for each in services.items() for _ in range(INSTANCES)
         ]
         for each in started:
-            wait_until(each.is_found, 60.0)
+            wait_until(each.is_found, START_SECONDS)
         # The caller keeps to other cores than the instances, or it would take from them what it asks for.
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         stack.callback(_keep_to, cores, os.getpid())
@@ -116,7 +120,7 @@ async def _sample(way: Overload, agent: ConsulAgent, service: str, seconds: floa
             """A search, and now and then a card."""
             if request_id.endswith("0"):
                 return await client.post(service, "/api/publish", json={"title": request_id, "content": "more work"})
-            return await client.get(service, "/api/cards", params={"q": "more", "limit": 5})
+            return await client.get(service, "/api/cards", params={"q": "more", "limit": 20})
 
         await Load(call, callers=CALLERS, calls=CARDS).run()
         alone = (await _ended(Load(call, callers=CALLERS), seconds)).calls / seconds
