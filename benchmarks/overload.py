@@ -1,19 +1,20 @@
 """Three times of what a service can do is asked of it: what it still does in time, with shedding and without."""
 
 import asyncio
-import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import httpx
 
-from registry import ConsulResolver, ConsulSettings, Explanation, ServiceDiscoveryClient
+from registry import ConsulResolver, ConsulSettings, ServiceDiscoveryClient
 from registry.testing.agent import ConsulAgent, running_agent
-from tests.support.command import running_service, wait_until
+from tests.support.command import ServiceProcess, running_service, wait_until
 from tests.support.load import Load, Report
 
 __all__ = ["CALLERS", "GOODPUT", "PATIENCE", "Overload", "overload"]
@@ -23,113 +24,119 @@ GOODPUT = 0.7
 FACTOR = 3
 PATIENCE = 1.0
 """Seconds after which a caller has no use for an answer any more: its deadline."""
-BACKEND = "backend-api"
 INSTANCES = 2
 CALLERS = 16
 """As many as keep the instances busy, and wait for nothing but their turn."""
 CARDS = 200
-SHEDDING = {"": {}, "SERVICE_SHED_LAG=0.1": {"SERVICE_SHED_LAG": "0.1"}}
-"""How it is told → the variables."""
+ROUNDS = 5
+SECONDS = 5.0
+"""Of each load."""
+START_SECONDS = 60.0
+WAYS: dict[str, dict[str, str]] = {"": {}, "SERVICE_SHED_LAG=0.1": {"SERVICE_SHED_LAG": "0.1"}}
+"""What is set for the instances → the variables."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Overload:
-    """One run. Rates are calls per second."""
+    """One way of running the instances. A list has a figure for each round; rates are calls per second."""
 
     shedding: str
     """What was set; empty: nothing."""
-    capacity: float
+    capacity: list[float] = field(default_factory=list)
     """Answered to callers that wait for each other."""
-    offered: float
-    goodput: float
-    """Answered in time, as a share of the capacity."""
-    p50: float
+    offered: list[float] = field(default_factory=list)
+    goodput: list[float] = field(default_factory=list)
+    """Answered in time, as a share of the capacity just before."""
+    p50: list[float] = field(default_factory=list)
     """Milliseconds, of what was answered in time."""
-    p99: float
-    declined: int
-    """Attempts that were not executed."""
-    ejections: int
-    failing_fast: int
-    """Calls that were turned away because every instance was ejected."""
-    errors: Mapping[str, int]
+    p99: list[float] = field(default_factory=list)
+    declined: int = 0
+    """Attempts that were not executed, in all rounds."""
+    ejections: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
     """What the other calls came to."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the promise is: without shedding there is none."""
+        return not self.shedding or median(self.goodput) >= GOODPUT
 
 
 def overload(quick: bool) -> list[Overload]:
-    """Each with instances and a Consul of its own; ``quick``: with shedding only, for a moment."""
-    seconds = 0.5 if quick else 10.0
-    runs = []
-    for name, variables in list(SHEDDING.items())[-1:] if quick else SHEDDING.items():
-        with running_agent(in_memory=True) as agent, ExitStack() as stack:
-            # The caller keeps to other cores than the instances, or it would take from them what it asks for.
-            cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-            stack.callback(_keep_to, cores)
-            _keep_to(cores[:1])
-            stack.enter_context(_backends(agent, variables))
-            _keep_to(cores[1:])
-            runs.append(asyncio.run(_run(agent, name, seconds)))
-        print(f"overload, {name or 'no shedding'}: {runs[-1]}", flush=True)
-    return runs
+    """Each way in turn; processes and Consul are the same in all rounds. ``quick``: shedding only, for a moment."""
+    rounds, seconds = (1, 0.5) if quick else (ROUNDS, SECONDS)
+    ways = dict(list(WAYS.items())[-1:]) if quick else WAYS
+    with running_agent(in_memory=True) as agent, ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overload-")))
+        services = {f"bench-{number}": variables for number, variables in enumerate(ways.values())}
+        started = [
+            stack.enter_context(_backend(agent, folder, *each)) for each in services.items() for _ in range(INSTANCES)
+        ]
+        for each in started:
+            wait_until(each.is_found, START_SECONDS)
+        # The caller keeps to other cores than the instances, or it would take from them what it asks for.
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        stack.callback(_keep_to, cores, os.getpid())
+        _keep_to(cores[1:], os.getpid())
+        for each in started:
+            _keep_to(cores[:1], each.process.pid)
+        found = [Overload(way) for way in ways]
+        for _ in range(rounds):
+            for way, service in zip(found, services, strict=True):
+                asyncio.run(_sample(way, agent, service, seconds))
+                print(f"overload, {way.shedding or 'no shedding'}: goodput {way.goodput[-1]:.2f}", flush=True)
+    return found
 
 
-def _keep_to(cores: Sequence[int]) -> None:
-    """This process, and those that it starts from now on."""
-    if cores:
-        os.sched_setaffinity(0, cores)
+def _keep_to(cores: Sequence[int], pid: int) -> None:
+    """The process's threads, and those that they start from now on."""
+    for thread in Path(f"/proc/{pid}/task").iterdir() if cores else ():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 @contextmanager
-def _backends(agent: ConsulAgent, variables: Mapping[str, str]) -> Iterator[None]:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overload-")))
-        env = {"DATABASE_URL": f"sqlite:///{folder}/cards.db", "LOG_LEVEL": "ERROR", **variables}
-        options = ("--no-access-log", "--loop=asyncio", "--http=h11")
-        started = [
-            stack.enter_context(running_service("backend.main:app", BACKEND, *options, consul=agent, env=env))
-            for _ in range(INSTANCES)
-        ]
-        for each in started:
-            wait_until(each.is_found, 30.0)
-        yield
+def _backend(agent: ConsulAgent, folder: Path, service: str, variables: Mapping[str, str]) -> Iterator[ServiceProcess]:
+    """Starting; all of a service share one database."""
+    env = {"DATABASE_URL": f"sqlite:///{folder}/{service}.db", "LOG_LEVEL": "ERROR", **variables}
+    options = ("--no-access-log", "--loop=asyncio", "--http=h11")
+    with running_service("backend.main:app", service, *options, consul=agent, env=env, wait=False) as started:
+        yield started
 
 
 @asynccontextmanager
-async def _client(agent: ConsulAgent) -> AsyncIterator[ServiceDiscoveryClient]:
+async def _client(agent: ConsulAgent, service: str) -> AsyncIterator[ServiceDiscoveryClient]:
     settings = ConsulSettings(host="127.0.0.1", port=agent.http_port)
-    resolver = ConsulResolver(settings, upstreams=[BACKEND])
+    resolver = ConsulResolver(settings, upstreams=[service])
     async with ServiceDiscoveryClient(resolver, timeout=PATIENCE, deadline=PATIENCE) as client:
         await resolver.start()
         yield client
 
 
-async def _run(agent: ConsulAgent, name: str, seconds: float) -> Overload:
-    async with _client(agent) as client:
+async def _sample(way: Overload, agent: ConsulAgent, service: str, seconds: float) -> None:
+    async with _client(agent, service) as client:
 
         async def call(request_id: str) -> httpx.Response:
             """A search, and now and then a card."""
             if request_id.endswith("0"):
-                return await client.post(BACKEND, "/api/publish", json={"title": request_id, "content": "more work"})
-            return await client.get(BACKEND, "/api/cards", params={"q": "more", "limit": 5})
+                return await client.post(service, "/api/publish", json={"title": request_id, "content": "more work"})
+            return await client.get(service, "/api/cards", params={"q": "more", "limit": 20})
 
         await Load(call, callers=CALLERS, calls=CARDS).run()
-        alone = await _ended(Load(call, callers=CALLERS), seconds)
-        capacity = alone.calls / seconds
-        before = client.explain(BACKEND)
-        busy = await _ended(Load(call, rate=FACTOR * capacity), seconds)
-        after = client.explain(BACKEND)
+        alone = (await _ended(Load(call, callers=CALLERS), seconds)).calls / seconds
+        before = dict(_outcomes(client, service))
+        busy = await _ended(Load(call, rate=FACTOR * alone), seconds)
+        outcomes = _outcomes(client, service)
+        endpoints = client.explain(service).endpoints
     answered = Report(tuple(each for each in busy.outcomes if each.error is None))
-    return Overload(
-        shedding=name,
-        capacity=capacity,
-        offered=busy.calls / seconds,
-        goodput=answered.calls / alone.calls if alone.calls else math.nan,
-        p50=answered.latency(0.5) * 1e3,
-        p99=answered.latency(0.99) * 1e3,
-        declined=_attempts(after, "shed") - _attempts(before, "shed"),
-        ejections=sum(sum(each.ejections.values()) for each in after.endpoints),
-        failing_fast=after.calls.get("failing_fast", 0),
-        errors=dict(busy.errors),
-    )
+    way.capacity.append(alone)
+    way.offered.append(busy.calls / seconds)
+    way.goodput.append(answered.calls / seconds / alone)
+    way.p50.append(answered.latency(0.5) * 1e3)
+    way.p99.append(answered.latency(0.99) * 1e3)
+    way.declined += outcomes["shed"] - before.get("shed", 0)
+    way.ejections += sum(sum(each.ejections.values()) for each in endpoints)
+    way.errors = dict(Counter(way.errors) + Counter(busy.errors))
 
 
 async def _ended(load: Load, seconds: float) -> Report:
@@ -138,8 +145,11 @@ async def _ended(load: Load, seconds: float) -> Report:
         await load.until(lambda: load.now >= PATIENCE)
         before = load.calls
         await load.until(lambda: load.now >= PATIENCE + seconds, seconds + 60.0)
-        return load.last(load.calls - before)
+        return load.last(max(1, load.calls - before))
 
 
-def _attempts(explained: Explanation, outcome: str) -> int:
-    return sum(dict(each.outcomes).get(outcome, 0) for each in explained.endpoints)  # type: ignore[call-overload]
+def _outcomes(client: ServiceDiscoveryClient, service: str) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for each in client.explain(service).endpoints:
+        found.update(each.outcomes)
+    return found

@@ -77,12 +77,13 @@ async def test_not_executed_goes_to_the_next_instance(method: str, status: int) 
     assert [context.RETRY_HEADER in request.headers for request in fleet.requests] == [False] * 3
 
 
-async def test_not_executed_ejects_nobody() -> None:
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_not_executed_ejects_nobody(method: str) -> None:
     """An instance that sheds for a long time stays in, without a failure: the very next call may ask it again."""
     fleet = Fleet(a=(503, SHED))
     async with fleet.client(retry=RetryPolicy(budget_per_second=1_000.0)) as client:
         for _ in range(50):
-            assert (await client.post("cards", "/")).status_code == 200
+            assert (await client.call_service("cards", "/", method)).status_code == 200
         shedding = client.explain("cards").endpoints[0]
     assert (shedding.outcomes, shedding.failures, shedding.ejected_for) == ({"shed": 50}, 0, 0.0)
     assert (dict(shedding.ejections), shedding.last_failure) == ({}, None)

@@ -233,6 +233,19 @@ async def test_a_caller_gets_its_rate_and_others_theirs() -> None:
     assert shedding.counts == {"rate": 1}
 
 
+async def test_a_limit_that_limits_nobody_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Once: without certificates no caller has a name, and an operator would think that the limit holds."""
+    app = App()
+    app.may_end.set()
+    with Shedding(settings(caller_rate={"a": 1})) as shedding, caplog.at_level(logging.WARNING, "registry"):
+        async with client(shedding, app) as caller:
+            await caller.get("/health")
+            assert caplog.records == []
+            for _ in range(3):
+                await caller.get("/")
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["SERVICE_CALLER_RATE limits nobody"]
+
+
 @pytest.mark.parametrize("scope", [{}, {"state": None}, {"state": {}}, {"state": {"caller": None}}])
 def test_no_name_is_none(scope: dict[str, Any]) -> None:
     """Whatever the server, a request that nobody has verified has no caller."""

@@ -77,6 +77,7 @@ class Shedding:
         self._exempt = POLLED | {settings.health_check_path}
         self._answers = {reason: _answer(503, words, reason) for reason, words in _WORDS.items()}
         self._told = -math.inf
+        self._warned = False
 
     def __enter__(self) -> Self:
         if self._lag is not None:
@@ -109,12 +110,24 @@ class Shedding:
             return self._count("lag", self._answers["lag"])
         if self.in_flight >= self._most:
             return self._count("in-flight", self._answers["in-flight"])
-        caller = caller_of(scope) if self._rates else None
-        bucket = None if caller is None else self._rates.get(caller.lower())
+        if not self._rates:
+            return None
+        caller = caller_of(scope)
+        if caller is None:
+            self._warn_of_nameless()
+            return None
+        bucket = self._rates.get(caller.lower())
         if bucket is None or not (seconds := bucket.take(time.monotonic())):
             return None
         words = f"{caller} sends more than the {bucket.rate:g} requests a second that this instance takes from it"
         return self._count("rate", _answer(429, words, "rate", seconds))
+
+    def _warn_of_nameless(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "SERVICE_CALLER_RATE limits nobody, for callers show no certificates here; set CONSUL_CONNECT=true"
+            )
 
     def _count(self, reason: Reason, answer: Response) -> Response:
         self.counts[reason] = self.counts.get(reason, 0) + 1
