@@ -51,7 +51,7 @@ class Probe:
         with httpx.Client(
             base_url=self._system.consul,
             headers=headers,
-            verify=str(self._system.authority),
+            verify=self._system.trust,
             timeout=10,
             trust_env=False,
         ) as client:

@@ -1,6 +1,7 @@
 """The locked system under test: three servers of Consul, and secrets that the keeper has made."""
 
 import json
+import ssl
 import subprocess
 import time
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ class LockedSystem(System):
         self.started = 0.0
         """Seconds from nothing, images apart, to everything works."""
         self.authority = folder / "ca.pem"
+        self._opened: list[ServiceRegistry] = []
 
     def up(self) -> None:
         """Builds and starts everything, and returns when all of it works."""
@@ -59,21 +61,32 @@ class LockedSystem(System):
         self.registry = self.registry_of(self.token("management"))
         self.password = run_in(self.container("postgres"), "cat", "/secrets/database-password")
 
+    def close(self) -> None:
+        """Leaves nothing of it."""
+        for each in self._opened:
+            each.close()
+        super().close()
+
     def containers(self, name: str | None = None) -> list[Container]:
         """As ever, but for jobs that are done."""
         return [each for each in super().containers(name) if each.labels["com.docker.compose.service"] not in JOBS]
 
+    @property
+    def trust(self) -> ssl.SSLContext:
+        """Of the authority that signed Consul's certificates when `connect` looked."""
+        return ssl.create_default_context(cafile=self.authority)
+
     def registry_of(self, token: str | None) -> ServiceRegistry:
         """Somebody who asks Consul with this token."""
-        return ServiceRegistry("127.0.0.1", self.consul_port, token, "https", ca_file=self.authority)
+        found = ServiceRegistry("127.0.0.1", self.consul_port, token, "https", ca_file=self.authority)
+        self._opened.append(found)
+        return found
 
     def ask(self, method: str, path: str, token: str | None, body: object = None) -> httpx.Response:
         """Consul's answer to anybody's raw request."""
         headers = {"X-Consul-Token": token} if token else {}
         url = f"{self.consul}{path}"
-        return httpx.request(
-            method, url, headers=headers, json=body, verify=str(self.authority), timeout=10, trust_env=False
-        )
+        return httpx.request(method, url, headers=headers, json=body, verify=self.trust, timeout=10, trust_env=False)
 
     def vault(self) -> dict[str, str]:
         """File → content, of the keeper's vault."""

@@ -6,9 +6,12 @@ import pytest
 
 from registry import RegistryError, ServiceRegistry
 from tests.e2e.report import Row
+from tests.e2e.system import wait_until
 from tests.locked.system import LockedSystem
 
 OWN, OTHER = "research-api", "backend-api"
+TOKEN_TTL = 5.0
+"""Seconds, as in deploy/compose/locked/agent.json."""
 GHOST = {"Name": OTHER, "ID": "ghost", "Address": "10.0.0.1", "Port": 80}
 
 
@@ -35,6 +38,15 @@ def lost(system: LockedSystem) -> str:
     assert able.deregister_service("lost")
     path = f"/v1/acl/token/{made['AccessorID']}"
     assert system.ask("PUT", path, management, {"Policies": [], "Description": "lost"}).status_code == 200
+
+    def denied() -> bool:
+        answer = system.ask("PUT", "/v1/agent/service/register", str(made["SecretID"]), GHOST)
+        if answer.status_code == 200:
+            system.registry.deregister_service("ghost")
+        return answer.status_code == 403
+
+    # Agents keep what they know of a token for so long.
+    wait_until(denied, TOKEN_TTL + 3, "the right is lost")
     return str(made["SecretID"])
 
 
