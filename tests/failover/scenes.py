@@ -16,7 +16,9 @@ from typing import Literal, Protocol
 import httpx
 from prometheus_client import CollectorRegistry
 
-from registry import ConsulResolver, ConsulSettings, EjectionPolicy, ServiceDiscoveryClient
+from registry import ConnectionOptions, ConsulResolver, ConsulSettings, EjectionPolicy, ServiceDiscoveryClient
+from registry.mesh.agent import AgentSource
+from registry.mesh.identity import MeshIdentity
 from registry.metrics import Metrics as ClientMetrics
 from registry.testing.agent import ConsulAgent
 from registry.testing.instances import RunningInstance, received, running_instances
@@ -78,17 +80,33 @@ class Ours:
 
 @asynccontextmanager
 async def connect_ours(
-    agent: ConsulAgent, service: str, timeout: float, ejection: EjectionPolicy | None = None
+    agent: ConsulAgent,
+    service: str,
+    timeout: float,
+    ejection: EjectionPolicy | None = None,
+    peers: MeshIdentity | None = None,
 ) -> AsyncIterator[Client]:
-    """Ours, warm, with every other setting as it comes."""
-    settings = ConsulSettings.model_validate({"host": "127.0.0.1", "port": agent.http_port, "token": agent.token})
-    resolver = ConsulResolver(settings, upstreams=[service])
+    """Ours, warm, with every other setting as it comes; ``peers``: by which it calls instances of the mesh alone."""
+    resolver = ConsulResolver(_settings(agent), upstreams=[service], mesh="true" if peers else "false")
     await resolver.start()
-    async with ServiceDiscoveryClient(resolver, timeout=timeout, ejection=ejection) as client:
+    connections = ConnectionOptions(peers=peers)
+    async with ServiceDiscoveryClient(resolver, timeout=timeout, ejection=ejection, connections=connections) as client:
         observer, registry = ClientMetrics(client.explain_all), CollectorRegistry()
         client.observe(observer)
         registry.register(observer)
         yield Ours(client, service, registry)
+
+
+@asynccontextmanager
+async def connect_in_mesh(agent: ConsulAgent, service: str, timeout: float) -> AsyncIterator[Client]:
+    """Ours, with a certificate of its own, for instances of the mesh."""
+    source = AgentSource(_settings(agent), allow_unsafe_agent=True)
+    async with MeshIdentity("caller", source) as peers, connect_ours(agent, service, timeout, peers=peers) as client:
+        yield client
+
+
+def _settings(agent: ConsulAgent) -> ConsulSettings:
+    return ConsulSettings.model_validate({"host": "127.0.0.1", "port": agent.http_port, "token": agent.token})
 
 
 @dataclass
@@ -147,13 +165,15 @@ def scene(load: Watched, instances: Collection[RunningInstance], **figures: floa
     return Scene(load.report, stats.requests, len(stats.duplicated), miscounted, figures)
 
 
-async def kill_one_of_three(agent: ConsulAgent, method: Method = "GET", connect: Connect = connect_ours) -> Scene:
+async def kill_one_of_three(
+    agent: ConsulAgent, method: Method = "GET", connect: Connect = connect_ours, *, mesh: bool = False
+) -> Scene:
     """kill -9, unknown to Consul.
 
     Figures: warm_p99 and p99 after the kill; failed_later: calls that began after it; unseen: those that failed and
     that no instance had begun to work on.
     """
-    with running_instances(_name(), 3, consul=agent, check_interval=None) as instances:
+    with running_instances(_name(), 3, consul=agent, check_interval=None, connect=mesh) as instances:
         if method == "POST":
             for each in instances:
                 # Work takes a moment, so that some is under way at the kill and would be done twice if sent again.
@@ -175,13 +195,15 @@ async def kill_one_of_three(agent: ConsulAgent, method: Method = "GET", connect:
         )
 
 
-async def stop_one_of_two(agent: ConsulAgent, connect: Connect = connect_ours, seconds: float = 4.5) -> Scene:
+async def stop_one_of_two(
+    agent: ConsulAgent, connect: Connect = connect_ours, seconds: float = 4.5, *, mesh: bool = False
+) -> Scene:
     """SIGSTOP, unknown to Consul, seen for so many ``seconds``; one attempt may take 2 s.
 
     Figures: slow: calls that took longer than 1 s; slow_later: those that began 0.5 s after the stop or later;
     tried_again: how many of the latter had been sent to the stopped one too.
     """
-    with running_instances(_name(), 2, consul=agent, check_interval=None) as instances:
+    with running_instances(_name(), 2, consul=agent, check_interval=None, connect=mesh) as instances:
         async with calling(connect, agent, instances, timeout=2.0) as (_, load):
             await load.reached(WARM)
             instances[1].pause()
@@ -190,7 +212,7 @@ async def stop_one_of_two(agent: ConsulAgent, connect: Connect = connect_ours, s
             await load.reached(CALLS)
         later = load.report.between(at + 0.5)
         instances[1].resume()
-        async with httpx.AsyncClient(trust_env=False) as direct:
+        async with httpx.AsyncClient(trust_env=False, verify=False) as direct:
             await direct.get(f"{instances[1].url}/health")  # what it found in its queues comes before this
         found = instances[1].stats().ids
         return scene(
@@ -323,7 +345,9 @@ async def break_consul(agent: ConsulAgent, fault: ConsulFault, connect: Connect 
         return scene(load, [*instances, *spares], correct=correct)
 
 
-async def scale_to_and_back(agent: ConsulAgent, count: int = 20, connect: Connect = connect_ours) -> Scene:
+async def scale_to_and_back(
+    agent: ConsulAgent, count: int = 20, connect: Connect = connect_ours, *, mesh: bool = False
+) -> Scene:
     """1 → ``count`` → 1 instances, all at once each way; on the way down each drains for half a second.
 
     Figures: first_call: the longest that a new one waited for its first call once it answered; least and most: shares
@@ -331,8 +355,8 @@ async def scale_to_and_back(agent: ConsulAgent, count: int = 20, connect: Connec
     """
     service = _name()
     with ExitStack() as stack:
-        (first,) = stack.enter_context(running_instances(service, consul=agent))
-        more = stack.enter_context(running_instances(service, count - 1, consul=agent, running=False))
+        (first,) = stack.enter_context(running_instances(service, consul=agent, connect=mesh))
+        more = stack.enter_context(running_instances(service, count - 1, consul=agent, running=False, connect=mesh))
         # Work takes longer than what 20 processes on few cores wait for each other: that is no reason to avoid one.
         work = 0.005
         await asyncio.to_thread(first.set, delay=work)
@@ -368,6 +392,29 @@ async def scale_to_and_back(agent: ConsulAgent, count: int = 20, connect: Connec
             least=min(shares.values()) * count,
             most=max(shares.values()) * count,
         )
+
+
+async def roll_three(
+    agent: ConsulAgent, method: Method = "GET", connect: Connect = connect_ours, *, mesh: bool = False
+) -> Scene:
+    """Three instances, which register themselves, are restarted one after another, in good order.
+
+    Figure: longest: of the restarts, until Consul had the instance again.
+    """
+    service = _name()
+    with running_instances(service, 3, consul=agent, registers_itself=True, connect=mesh) as instances:
+        await asyncio.to_thread(_until_passing, agent, service, 3)
+        async with calling(connect, agent, instances, method=method) as (_, load):
+            await load.reached(WARM)
+            took = []
+            for each in instances:
+                at = load.now
+                await asyncio.to_thread(each.terminate)
+                await asyncio.to_thread(each.start)
+                await asyncio.to_thread(_until_passing, agent, service, 3)
+                took.append(load.now - at)
+                await load.reached(load.calls + WARM)
+        return scene(load, instances, longest=max(took))
 
 
 async def outage(

@@ -3,7 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["AGENT", "CALLS", "DATACENTER", "EDGE", "SERVERS", "Identity", "identities", "intentions", "policies"]
+__all__ = [
+    "AGENT",
+    "CALLS",
+    "DATACENTER",
+    "EDGE",
+    "FRONT_DOOR",
+    "SERVERS",
+    "SERVERS_NAME",
+    "Identity",
+    "identities",
+    "intentions",
+    "policies",
+]
 
 CALLS: Mapping[str, tuple[str, ...]] = {
     "research-api": ("backend-api",),
@@ -14,9 +26,13 @@ CALLS: Mapping[str, tuple[str, ...]] = {
 """Service → the services that it calls. Everything else follows from this."""
 DATACENTER = "dc1"
 SERVERS = ("consul-1", "consul-2", "consul-3")
+SERVERS_NAME = "consul-servers"
+"""All of them, as one name in the network."""
 AGENT = "agent"
 """The node where the services are registered."""
 EDGE = "edge"
+FRONT_DOOR = "orchestrator-api"
+"""Where people come in; its topology page asks every instance what it sees, its own siblings too."""
 
 Identity = dict[str, Any]
 """What a token is given, as Consul's API has it."""
@@ -62,4 +78,4 @@ def intentions() -> dict[str, list[dict[str, str]]]:
 
 
 def _callers(name: str) -> list[str]:
-    return [caller for caller, callees in CALLS.items() if name in callees]
+    return [caller for caller, callees in CALLS.items() if name in callees or caller == name == FRONT_DOOR]

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.compose.keeper.grants import AGENT, CALLS, DATACENTER, EDGE, SERVERS, identities
+from deploy.compose.keeper.grants import AGENT, CALLS, DATACENTER, EDGE, FRONT_DOOR, SERVERS, SERVERS_NAME, identities
 
 __all__ = ["MANAGEMENT", "READERS", "Token", "Vault", "encode"]
 
@@ -27,7 +27,6 @@ MANAGEMENT = "management"
 READERS = Path("/readers")
 _SERVICE, _CONSUL, _POSTGRES = 10001, 100, 999
 """The users that the containers run as."""
-_FRONT_DOOR = "orchestrator-api"
 _DAYS = "--days=3650"
 
 
@@ -115,10 +114,11 @@ class Vault:
 
     def make_certificate(self, node: str) -> None:
         """A new certificate of a node, for both ends of its connections, by the authority."""
-        kind, name = ("server", node) if node in SERVERS else ("client", "consul")
+        kind, names = ("server", [node, SERVERS_NAME]) if node in SERVERS else ("client", ["consul"])
         with tempfile.TemporaryDirectory() as folder:
             authority = [f"--ca={self.folder / 'ca.pem'}", f"--key={self.folder / 'ca-key.pem'}"]
-            _consul(folder, "tls", "cert", "create", f"--{kind}", *authority, _DAYS, f"--additional-dnsname={name}")
+            named = [f"--additional-dnsname={name}" for name in names]
+            _consul(folder, "tls", "cert", "create", f"--{kind}", *authority, _DAYS, *named)
             made = Path(folder, f"{DATACENTER}-{kind}-consul-0")
             self.write(f"{node}.pem", made.with_name(f"{made.name}.pem").read_bytes())
             self.write(f"{node}-key.pem", made.with_name(f"{made.name}-key.pem").read_bytes())
@@ -145,7 +145,7 @@ class Vault:
         for name in (*CALLS, EDGE):
             found[name] = (_SERVICE, trusted | {"token": self.token(name).secret.encode()})
         found["backend-api"] = (_SERVICE, {**found["backend-api"][1], **password})
-        found[_FRONT_DOOR] = (_SERVICE, {**found[_FRONT_DOOR][1], "callers.json": self.callers()})
+        found[FRONT_DOOR] = (_SERVICE, {**found[FRONT_DOOR][1], "callers.json": self.callers()})
         for node in SERVERS:
             management = self.token(MANAGEMENT).secret
             tokens = {"initial_management": management, "agent": self.token(node).secret}

@@ -103,7 +103,7 @@ def lifespan(
             caller.use_peers(member.identity)
             await resolver.start()
             registrar = Registrar(settings, connection, about=about(app), observer=told, mesh=member)
-            stack.enter_context(known(app, registrar=registrar, discovery_client=caller, journal=journal))
+            stack.enter_context(known(app, registrar=registrar, discovery_client=caller, journal=journal, mesh=member))
             stack.enter_context(shedding(app.state, settings))
             member.protect(app)
             set_fields("registrar", lambda: {"instance": registrar.instance_id})

@@ -22,7 +22,7 @@ async def open_registry(app: FastAPI) -> AsyncIterator[None]:
     """``app.state.service_registry`` and ``app.state.hub`` are set inside."""
     consul = ConsulSettings()
     with ServiceRegistry(settings=consul) as app.state.service_registry:
-        app.state.hub = Hub(consul, leaving=lambda: app.state.registrar.leaving)
+        app.state.hub = Hub(consul, leaving=lambda: app.state.registrar.leaving, peers=lambda: app.state.mesh.identity)
         try:
             yield
         finally:

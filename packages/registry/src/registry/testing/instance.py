@@ -41,7 +41,7 @@ class RunningInstance:
     def __init__(self, instance: Instance, consul: ConsulAgent | None, registers: bool, env: Mapping[str, str]) -> None:
         self.instance = instance
         """The instance for discovery; its id is ``"{service}-127.0.0.1-{port}"``."""
-        self.url = f"http://{instance.netloc}"
+        self.url = f"{'https' if instance.connect else 'http'}://{instance.netloc}"
         self._consul = consul
         self._registers = registers
         self._env = {**os.environ, **env}
@@ -131,6 +131,7 @@ class RunningInstance:
             registration["Check"] = {
                 "CheckID": f"service:{instance.id}",
                 "HTTP": f"{self.url}/health?instance={instance.id}",
+                "TLSSkipVerify": instance.connect,
                 "Interval": f"{check_interval:g}s",
                 "Timeout": "1s",
                 "FailuresBeforeCritical": FAILURES_BEFORE_CRITICAL,
@@ -142,7 +143,7 @@ class RunningInstance:
             registration
             | {"ID": instance.id, "Name": instance.service, "Address": instance.address, "Port": instance.port}
             | {"Tags": list(instance.tags), "Meta": dict(instance.meta)}
-            | {"Weights": {"Passing": instance.weight, "Warning": 1}},
+            | {"Weights": {"Passing": instance.weight, "Warning": 1}, "Connect": {"Native": instance.connect}},
         )
 
     def deregister(self) -> None:

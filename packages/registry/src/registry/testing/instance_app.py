@@ -11,7 +11,8 @@ import random
 import shutil
 import socket
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
@@ -136,6 +137,32 @@ def registering(answering: Answering) -> Callable[[Scope, Receive, Send], Awaita
     return app
 
 
+def of_the_mesh(answering: Answering, instance_id: str) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """The same app served by mutual TLS, as `registry.fastapi` has it served; whoever started it registers it."""
+    from starlette.applications import Starlette
+
+    from registry.mesh.membership import joined
+    from registry.settings import ConsulSettings, ServiceSettings
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        settings = ServiceSettings(name=os.environ["SERVICE_NAME"], port=int(os.environ["SERVICE_PORT"]))
+        async with joined(settings, ConsulSettings(), lambda: instance_id) as member:
+            assert member.identity is not None
+            assert member.intentions is not None
+            await member.identity.ready.wait()
+            await member.intentions.ready.wait()
+            yield
+
+    starting = Starlette(lifespan=lifespan)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        inner: Any = starting if scope["type"] == "lifespan" else answering
+        await inner(scope, receive, send)
+
+    return app
+
+
 class _Server(uvicorn.Server):
     """Tells on stdout when it listens, and then obeys stdin."""
 
@@ -162,14 +189,19 @@ class _Server(uvicorn.Server):
 def main(instance_id: str, directory: str, listener: str, registers: str) -> None:
     """Serve on the socket with file descriptor ``listener`` until SIGTERM or the end of stdin."""
     answering = Answering(instance_id, directory)
+    app: Any = answering
+    if registers == "yes":
+        app = registering(answering)
+    elif os.environ.get("CONSUL_CONNECT") == "true":
+        app = of_the_mesh(answering, instance_id)
     config = uvicorn.Config(
-        registering(answering) if registers == "yes" else answering,
+        app,
         log_level="warning",
         access_log=False,
         # The same everywhere, whatever else is installed: what is measured depends on it.
         http="h11",
         loop="asyncio",
-        lifespan="on" if registers == "yes" else "off",
+        lifespan="off" if app is answering else "on",
     )
     _Server(config, answering).run([socket.socket(fileno=int(listener))])
 

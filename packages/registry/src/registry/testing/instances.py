@@ -24,6 +24,8 @@ class Options(TypedDict, total=False):
     """The agent with which they are registered, as passing, until the end."""
     registers_itself: bool
     """Whether they register themselves, with `registry.fastapi`: start takes a second more; SIGTERM drains."""
+    connect: bool
+    """Whether they speak Consul Connect: they serve mutual TLS, by a certificate of the agent, and nothing else."""
     check_interval: float | None
     """Seconds between Consul's checks, 10 by default; None: no checks, so they stay passing."""
     drain_seconds: float
@@ -42,14 +44,17 @@ def running_instances(service: str, count: int = 1, **options: Unpack[Options]) 
     They also end with this process. Raises: RuntimeError, with the end of the log, if one does not start.
     """
     consul, registers_itself = options.get("consul"), options.get("registers_itself", False)
-    if registers_itself and consul is None:
-        raise ValueError("an instance that registers itself needs a Consul agent: pass consul=")
+    connect = options.get("connect", False)
+    if (registers_itself or connect) and consul is None:
+        raise ValueError("an instance that registers itself, or is of the mesh, needs a Consul agent: pass consul=")
     check_interval, running = options.get("check_interval", 10.0), options.get("running", True)
     tags, meta, weight = tuple(options.get("tags", ())), dict(options.get("meta", {})), options.get("weight", 1)
     with ExitStack() as stack:
         started = []
         for port in free_ports(count):
-            instance = Instance(f"{service}-127.0.0.1-{port}", service, "127.0.0.1", port, tags, meta, weight)
+            instance = Instance(
+                f"{service}-127.0.0.1-{port}", service, "127.0.0.1", port, tags, meta, weight, connect=connect
+            )
             env = {
                 "SERVICE_NAME": service,
                 "SERVICE_ADDRESS": "127.0.0.1",
@@ -59,6 +64,7 @@ def running_instances(service: str, count: int = 1, **options: Unpack[Options]) 
                 "SERVICE_WEIGHT": str(weight),
                 "SERVICE_DRAIN_SECONDS": str(options.get("drain_seconds", 0.5)),
                 "SERVICE_HEALTH_CHECK_INTERVAL": str(check_interval or 3600.0),
+                **({"CONSUL_CONNECT": "true", "CONSUL_CONNECT_ALLOW_UNSAFE_AGENT": "true"} if connect else {}),
                 **(consul.env() if consul else {}),
             }
             started.append(RunningInstance(instance, consul, registers_itself, env))

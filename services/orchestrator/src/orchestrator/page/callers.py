@@ -17,12 +17,16 @@ from pydantic import ValidationError
 
 from orchestrator.page.state import Event, Spot, State, Upstream
 from orchestrator.registry import Instance
+from registry import ConnectionOptions
+from registry.discovery.peers import Peers
+from registry.discovery.sender import H11Sender
 from registry.state import STATE_PATH
 
 __all__ = ["Caller", "Callers", "Rates", "Told", "Usage"]
 
 TIMEOUT = 0.9
 MAX_BYTES = 2**23
+_INSTANCE = "orchestrator.instance"
 MAX_A_SECOND = 100
 """Questions: of more instances, each is asked in its turn."""
 WINDOW = 10.0
@@ -139,10 +143,26 @@ class Caller:
             samples.popleft()
 
 
-class Callers:
-    """Asks, within ``async with``; ``changed`` is called when one that was late has answered."""
+class _Direct(httpx.AsyncBaseTransport):
+    """To the very instance that a request names in its extensions, over mutual TLS where it is of the mesh."""
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, options: ConnectionOptions) -> None:
+        self._sender = H11Sender(options)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await self._sender.send(request, request.extensions[_INSTANCE], {}, None, read=False)
+
+    async def aclose(self) -> None:
+        await self._sender.aclose()
+
+
+class Callers:
+    """Asks, within ``async with``; ``changed`` is called when one that was late has answered.
+
+    ``peers``: by which instances of the mesh are asked.
+    """
+
+    def __init__(self, changed: Callable[[], None], peers: Peers | None = None) -> None:
         self._changed = changed
         self._known: dict[Key, Caller] = {}
         self._pending: dict[Key, asyncio.Task[None]] = {}
@@ -150,8 +170,7 @@ class Callers:
         """Whom to ask next, in this order."""
         self._client = httpx.AsyncClient(
             timeout=TIMEOUT,
-            trust_env=False,  # a proxy for the outside world is none for instances
-            limits=httpx.Limits(max_connections=2 * MAX_A_SECOND, max_keepalive_connections=MAX_A_SECOND),
+            transport=_Direct(ConnectionOptions(max_connections=2 * MAX_A_SECOND, peers=peers)),
         )
 
     async def __aenter__(self) -> Self:
@@ -204,7 +223,8 @@ class Callers:
     async def _read(self, caller: Caller) -> State:
         instance = caller.instance
         url = f"{instance.scheme}://{instance.netloc}{STATE_PATH}"
-        async with self._client.stream("GET", url, params={"after": caller.after}) as answer:
+        question = self._client.stream("GET", url, params={"after": caller.after}, extensions={_INSTANCE: instance})
+        async with question as answer:
             answer.raise_for_status()
             body = bytearray()
             async for part in answer.aiter_bytes():

@@ -15,6 +15,7 @@ from orchestrator.page.journal import Journal
 from orchestrator.page.sheet import Sheet
 from orchestrator.page.sight import Picture, uses, whole
 from orchestrator.registry import ConsulSettings
+from registry.discovery.peers import Peers
 
 __all__ = ["Hub"]
 
@@ -33,10 +34,16 @@ MAX_VIEWERS = 100
 class Hub:
     """Belongs to one event loop; ``aclose`` ends it."""
 
-    def __init__(self, settings: ConsulSettings, leaving: Callable[[], bool]) -> None:
-        """``leaving``: whether this process was told to stop; then nobody may look any more."""
+    def __init__(
+        self, settings: ConsulSettings, leaving: Callable[[], bool], peers: Callable[[], Peers | None] = lambda: None
+    ) -> None:
+        """``leaving``: whether this process was told to stop; then nobody may look any more.
+
+        ``peers``: by which instances of the mesh are asked; None: this process is not of the mesh.
+        """
         self._settings = settings
         self._leaving = leaving
+        self._peers = peers
         self._task: asyncio.Task[None] | None = None
         self._picture: Picture | None = None
         self._published = asyncio.Event()
@@ -98,7 +105,10 @@ class Hub:
         epoch, number = secrets.token_hex(8), 0
         journal, disagreements = Journal(), Disagreements()
         try:
-            async with Catalog(self._settings, self._changed.set) as catalog, Callers(self._changed.set) as callers:
+            async with (
+                Catalog(self._settings, self._changed.set) as catalog,
+                Callers(self._changed.set, self._peers()) as callers,
+            ):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(FIRST_PICTURE - PATIENCE):
                         await catalog.answered.wait()
