@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import uuid
 from collections.abc import Mapping
 from http.client import HTTPResponse
 from typing import Self
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from registry.testing.agent import ConsulAgent
 from tests.support.authority import Authority
 
-__all__ = ["Kept", "admin", "answer_of", "authority_of", "intend", "new_root"]
+__all__ = ["Kept", "admin", "answer_of", "authority_of", "intend", "new_root", "token_for"]
 
 
 def admin(consul: ConsulAgent) -> httpx.Client:
@@ -49,6 +50,13 @@ def intend(consul: ConsulAgent, destination: str, sources: Mapping[str, str]) ->
             else http.delete(f"/v1/config/service-intentions/{destination}")
         )
         answer.raise_for_status()
+
+
+def token_for(consul: ConsulAgent, rules: str) -> str:
+    """A token with these rights; the agent is one with ACLs."""
+    with admin(consul) as http:
+        policy = http.put("/v1/acl/policy", json={"Name": f"policy-{uuid.uuid4().hex[:8]}", "Rules": rules}).json()
+        return str(http.put("/v1/acl/token", json={"Policies": [{"ID": policy["ID"]}]}).json()["SecretID"])
 
 
 def answer_of(port: int, context: ssl.SSLContext | None, request: str = "POST /work") -> str:
