@@ -1,10 +1,12 @@
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from registry import ServiceRegistry
+from registry.testing.agent import running_agent
 from registry.testing.fixtures import ConsulAgent
 from tests.support.server import Answer, RecordingServer, Request, Serve, recording_server
 
@@ -20,6 +22,13 @@ def service_registry(consul_agent: ConsulAgent) -> Iterator[ServiceRegistry]:
     """The control plane of the shared agent."""
     with ServiceRegistry("127.0.0.1", consul_agent.http_port) as registry:
         yield registry
+
+
+@pytest.fixture
+def fresh_locked_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
+    """A Consul for this test only, which denies by default."""
+    with running_agent(binary=consul_binary, acl=True, in_memory=True) as agent:
+        yield agent
 
 
 @pytest.fixture
