@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import httpx
 import pytest
+import uvloop
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from registry import ConnectionOptions, DiscoveryTransport, Instance, ServiceDiscoveryClient, StaticResolver
@@ -175,6 +176,12 @@ async def test_wrong_server_reads_no_byte_of_a_request(wrong: str) -> None:
         (state,) = client.explain(SERVICE).endpoints
         assert set(state.outcomes) == {"refused"}
         assert state.ejected_because == "refused"
+
+
+@pytest.mark.parametrize("wrong", ["of another service", "of a foreign CA", "of two services"])
+def test_uvloop_verifies_as_well(wrong: str) -> None:
+    """The event loop that uvicorn[standard] runs services on."""
+    uvloop.run(test_wrong_server_reads_no_byte_of_a_request(wrong))
 
 
 @pytest.mark.parametrize("wrong", ["of another service", "of a foreign CA", "in plain HTTP"])
