@@ -10,6 +10,7 @@ import httpx
 
 from benchmarks.costs import consul_requests, pick_microseconds
 from benchmarks.failover import play
+from benchmarks.mesh import mesh_costs
 from benchmarks.overhead import overheads, sync_microseconds
 from benchmarks.report import write
 from benchmarks.results import Results, environment
@@ -28,11 +29,12 @@ def run(quick: bool, rounds: int, seconds: float) -> Results:
         samples = asyncio.run(measure(found, callers, rounds, seconds))
         requests = asyncio.run(consul_requests(found[1], 10_000 if not quick else 1_000))
         blocking = sync_microseconds(found[1], 10_000 if not quick else 100)
+        mesh = mesh_costs(agent, rounds, 2_000 if not quick else 50)
     overhead = overheads(400 if not quick else 5)
     picks = {size: asyncio.run(pick_microseconds(size, 2_000 if quick else 50_000)) for size in (3, 10_000)}
     failover = play(quick)
     where["load after"] = f"{os.getloadavg()[0]:.1f}"
-    return Results(where, rounds, seconds, samples, picks, requests, overhead, blocking, failover)
+    return Results(where, rounds, seconds, samples, picks, requests, overhead, blocking, mesh, failover)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.clients import CLIENTS
+from benchmarks.mesh import PROMISED_RATIO, SERVED
 from benchmarks.overhead import PROMISED
 from benchmarks.plot import plot
 from benchmarks.results import Results
@@ -77,6 +78,20 @@ def _page(results: Results) -> str:
         "µs of CPU per call of `httpx.Client`, one caller, over real connections. An event loop in another thread does "
         "the work of `SyncDiscoveryTransport`; handing each call over and back is what it costs.",
         _table(["", "µs"], ((name, f"{micros:,.0f}") for name, micros in results.blocking.items())),
+        "## Mutual TLS",
+        "µs of CPU per call on kept connections: a FastAPI service under uvicorn, served plainly and with "
+        "`CONSUL_CONNECT=true`, called by turns. The ratio is that of both sides together.",
+        _table(
+            ["", "caller, plain", "caller, mutual TLS", "service, plain", "service, mutual TLS", "ratio"],
+            (
+                (
+                    _several(each.callers, "caller"),
+                    *(f"{side[way]:,.0f}" for side in (each.caller, each.service) for way in SERVED),
+                    f"{each.ratio:.2f}",
+                )
+                for each in results.mesh
+            ),
+        ),
         "## Failover",
         "Real processes, a real Consul, four callers without a pause, at least 4,000 calls each; where it says so, "
         "a steady load instead. While all instances are gone, calls fail by design. `tests/failover` asserts the same. "
@@ -124,6 +139,15 @@ def _promises(results: Results) -> list[tuple[str, str, str, str]]:
             )
             for name, most in PROMISED.items()
             if name in results.overhead
+        ),
+        *(
+            (
+                f"CPU of a call over mutual TLS, by a plain one, {_several(each.callers, 'caller')}",
+                f"{each.ratio:.2f}",
+                f"≤ {PROMISED_RATIO}",
+                _mark(each.ratio <= PROMISED_RATIO),
+            )
+            for each in results.mesh
         ),
         ("Consul requests per 10,000 calls", str(results.consul_requests), "0", _mark(not results.consul_requests)),
         (

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.failover import Outcome
+from benchmarks.mesh import MeshCost
 from benchmarks.throughput import Sample
 
 __all__ = ["Results", "environment"]
@@ -34,6 +35,7 @@ class Results:
     """What is measured → µs of CPU beyond the same without it."""
     blocking: dict[str, float]
     """Blocking client → µs of CPU per call."""
+    mesh: list[MeshCost]
     failover: list[Outcome]
 
     def sizes(self) -> list[int]:

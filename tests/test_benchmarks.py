@@ -20,6 +20,8 @@ def test_quick_run(tmp_path: Path) -> None:
     assert results["consul_requests"] == 0
     assert {"none", "metrics", "middleware"} <= results["overhead"].keys()
     assert len(results["blocking"]) == 2
+    assert [each["callers"] for each in results["mesh"]] == [1, 8]
+    assert all(each["ratio"] > 0 for each in results["mesh"])
     page = (tmp_path / "README.md").read_text()
     assert "| metrics of a call |" in page
     assert "calls/s at 4 callers, by bare httpx" in page

@@ -1,7 +1,10 @@
 """Services call each other through the mesh: real Consul, real certificates, the plain command of uvicorn."""
 
 import asyncio
+import os
 import signal
+import ssl
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,12 +13,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from registry import (
     ConnectionOptions,
     ConsulResolver,
     ConsulSettings,
     RegistryError,
+    RetryPolicy,
     ServiceDiscoveryClient,
     ServiceNotFoundError,
     SyncDiscoveryTransport,
@@ -55,7 +61,7 @@ def name() -> str:
 
 
 def settings_of(agent: ConsulAgent, token: str | None = None) -> ConsulSettings:
-    return ConsulSettings(host="127.0.0.1", port=agent.http_port, token=token or agent.token)
+    return ConsulSettings.model_validate({"host": "127.0.0.1", "port": agent.http_port, "token": token or agent.token})
 
 
 @asynccontextmanager
@@ -167,6 +173,101 @@ async def test_migration_loses_no_call(start: Start, name: str, consul_agent: Co
     assert failed == []
     assert answered[None] > 20
     assert answered[names["caller"]] > 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+async def test_failover_is_what_it_is_without_the_mesh(
+    start: Start, name: str, consul_agent: ConsulAgent, number: signal.Signals
+) -> None:
+    """One of two native instances dies or hangs under load: every call that may be repeated succeeds."""
+    one, two = start(name, "true"), start(name, "true")
+    answered, ended = Counter[int](), asyncio.Event()
+    async with member(consul_agent, "true") as client:
+
+        async def load() -> None:
+            while not ended.is_set():
+                answer = await client.post(name, "/work", idempotent=True, timeout=1.0)
+                answered[answer.json()["pid"]] += 1
+
+        callers = [asyncio.ensure_future(load()) for _ in range(4)]
+        await until(lambda: len(answered) == 2)
+        os.kill(one.process.pid, number)
+        more = answered[two.process.pid] + 200
+        await until(lambda: answered[two.process.pid] > more or any(each.done() for each in callers), 60)
+        ended.set()
+        await asyncio.gather(*callers)
+    print(f"{number.name}: {answered.total()} calls, 0 failed")  # noqa: T201
+
+
+def new_root(agent: ConsulAgent) -> None:
+    """Consul makes a new root, cross-signed by the old one, and new certificates within half a minute."""
+    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+    configuration = {"LeafCertTTL": "72h", "IntermediateCertTTL": "8760h", "PrivateKey": key.decode()}
+    body = {"Provider": "consul", "Config": configuration}
+    httpx.put(f"{agent.url}/v1/connect/ca/configuration", json=body, timeout=20, trust_env=False).raise_for_status()
+
+
+async def test_new_root_costs_no_call(start: Start, name: str, fresh_consul_agent: ConsulAgent) -> None:
+    """The mesh gets a new root under load, on kept and on new connections; caller and service get new certificates."""
+    agent = fresh_consul_agent
+    await asyncio.to_thread(start, name, "true", agent=agent)
+    settings = settings_of(agent)
+    failed: list[str] = []
+    answered, ended = Counter[str](), asyncio.Event()
+    async with MeshIdentity("driver", AgentSource(settings, allow_unsafe_agent=True)) as me:
+        kept, fresh = ConnectionOptions(peers=me), ConnectionOptions(peers=me, peers_keepalive=0.001)
+
+        async def load(connections: ConnectionOptions) -> None:
+            # Each call by itself counts: nothing is tried again.
+            resolver = ConsulResolver(settings, mesh="true")
+            async with ServiceDiscoveryClient(
+                resolver, connections=connections, retry=RetryPolicy(max_retries=1)
+            ) as client:
+                while not ended.is_set():
+                    try:
+                        answered[(await client.post(name, "/work")).json()["caller"]] += 1
+                    except Exception as error:
+                        failed.append(f"{error!r}")
+                    await asyncio.sleep(0.02)
+
+        callers = [asyncio.ensure_future(load(each)) for each in (kept, kept, fresh, fresh)]
+        await until(lambda: answered.total() > 20)
+        own, server = me._leaf, await shown(me, name, settings)
+        root = me.client_context().get_ca_certs()
+        await asyncio.to_thread(new_root, agent)
+        await until(lambda: len(me.client_context().get_ca_certs()) > len(root), 40)
+        changed = time.monotonic()
+        await until(lambda: me._leaf != own, 60)
+        while (await shown(me, name, settings)) == server:
+            assert time.monotonic() < changed + 60
+            await asyncio.sleep(0.5)
+        more = answered.total() + 20
+        await until(lambda: answered.total() > more)
+        ended.set()
+        await asyncio.gather(*callers)
+    print(f"new root under load: {answered}, {len(failed)} failed")  # noqa: T201
+    assert failed == []
+
+
+async def shown(me: MeshIdentity, service: str, settings: ConsulSettings) -> str:
+    """The serial number of the certificate that the service shows now."""
+    seen: list[str] = []
+
+    class Looking:
+        client_context, server_name = me.client_context, me.server_name
+
+        def verify(self, service: str, connection: ssl.SSLObject) -> None:
+            me.verify(service, connection)
+            certificate = connection.getpeercert()
+            assert certificate
+            seen.append(str(certificate["serialNumber"]))
+
+    resolver = ConsulResolver(settings, mesh="true")
+    async with ServiceDiscoveryClient(resolver, connections=ConnectionOptions(peers=Looking())) as client:
+        await client.post(service, "/work")
+    return seen[0]
 
 
 def test_what_a_token_lacks_is_said(consul_binary: Path, name: str) -> None:
