@@ -4,7 +4,7 @@ import os
 import socket
 
 with socket.create_connection(("127.0.0.1", int(os.environ["SERVICE_PORT"])), timeout=2) as connection:
-    if os.environ.get("CONSUL_CONNECT") == "true":
+    if os.environ.get("CONSUL_CONNECT", "").lower() in {"true", "t", "1"}:
         import ssl  # takes a moment to load
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,12 +1,14 @@
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from registry import ServiceRegistry
 from registry.consul import connection
+from registry.testing.agent import running_agent
 from registry.testing.fixtures import ConsulAgent
 from tests.support.server import Answer, RecordingServer, Request, Serve, recording_server
 
@@ -36,6 +38,13 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(connection._Requests, "signed", note)
     return addresses
+
+
+@pytest.fixture
+def fresh_locked_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
+    """A Consul for this test only, which denies by default."""
+    with running_agent(binary=consul_binary, acl=True, in_memory=True) as agent:
+        yield agent
 
 
 @pytest.fixture

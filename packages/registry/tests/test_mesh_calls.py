@@ -1,6 +1,7 @@
 """Services call each other through the mesh: real Consul, real certificates, the plain command of uvicorn."""
 
 import asyncio
+import os
 import signal
 import ssl
 import time
@@ -172,6 +173,30 @@ async def test_migration_loses_no_call(start: Start, name: str, consul_agent: Co
     assert failed == []
     assert answered[None] > 20
     assert answered[names["caller"]] > 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+async def test_failover_is_what_it_is_without_the_mesh(
+    start: Start, name: str, consul_agent: ConsulAgent, number: signal.Signals
+) -> None:
+    """One of two native instances dies or hangs under load: every call that may be repeated succeeds."""
+    one, two = start(name, "true"), start(name, "true")
+    answered, ended = Counter[int](), asyncio.Event()
+    async with member(consul_agent, "true") as client:
+
+        async def load() -> None:
+            while not ended.is_set():
+                answer = await client.post(name, "/work", idempotent=True, timeout=1.0)
+                answered[answer.json()["pid"]] += 1
+
+        callers = [asyncio.ensure_future(load()) for _ in range(4)]
+        await until(lambda: len(answered) == 2)
+        os.kill(one.process.pid, number)
+        more = answered[two.process.pid] + 200
+        await until(lambda: answered[two.process.pid] > more or any(each.done() for each in callers), 60)
+        ended.set()
+        await asyncio.gather(*callers)
+    print(f"{number.name}: {answered.total()} calls, 0 failed")  # noqa: T201
 
 
 def new_root(agent: ConsulAgent) -> None:

@@ -1,9 +1,11 @@
 """Whoever answers in place of the called service reads no byte of the request, and costs nobody else anything."""
 
 import asyncio
+import os
 import socket
 import ssl
 import threading
+import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import httpx
 import pytest
+import uvloop
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from registry import ConnectionOptions, DiscoveryTransport, Instance, ServiceDiscoveryClient, StaticResolver
@@ -175,6 +178,12 @@ async def test_wrong_server_reads_no_byte_of_a_request(wrong: str) -> None:
         assert state.ejected_because == "refused"
 
 
+@pytest.mark.parametrize("wrong", ["of another service", "of a foreign CA", "of two services"])
+def test_uvloop_verifies_as_well(wrong: str) -> None:
+    """The event loop that uvicorn[standard] runs services on."""
+    uvloop.run(test_wrong_server_reads_no_byte_of_a_request(wrong))
+
+
 @pytest.mark.parametrize("wrong", ["of another service", "of a foreign CA", "in plain HTTP"])
 async def test_wrong_server_costs_no_call_and_no_other_instance_anything(wrong: str) -> None:
     """Even a POST goes on to the next instance; those keep their health, and other services never hear of it."""
@@ -275,30 +284,83 @@ async def test_what_can_not_verify_does_not_call(inner: httpx.AsyncBaseTransport
         assert good.accepted == 0
 
 
+async def refused(strict: Server, me: MeshIdentity) -> None:
+    """That server does not accept the caller's certificate: not sent, nobody blamed, and a POST goes elsewhere."""
+    async with client_of(strict.instance, peers=me) as client:
+        with pytest.raises(httpx.ConnectError, match=r"does not accept our certificate|right after") as raised:
+            await client.post(SERVICE, "/", json={})
+        assert judge(raised.value, tls=True).failure is Failure.NOT_SENT
+    async with (
+        server(serving(MESH.service(SERVICE)), name="2") as good,
+        client_of(strict.instance, good.instance, peers=me) as client,
+    ):
+        for _ in range(10):
+            assert (await client.post(SERVICE, "/", json={})).text == "2"
+    assert strict.read == 0
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
 async def test_server_that_refuses_our_certificate_by_an_alert_has_read_nothing(version: ssl.TLSVersion) -> None:
-    """With TLS 1.3 the alert comes after the request went out; still it is not sent, and a POST goes elsewhere."""
-    async with identity() as me, alerting(serving(MESH.service(SERVICE), version=version, trusts=FOREIGN)) as strict:
+    """With TLS 1.3 the alert may come after the request went out; still it is not sent."""
+    context = serving(MESH.service(SERVICE), version=version, trusts=FOREIGN)
+    async with identity() as me, alerting(context, drains=True) as strict:
+        await refused(strict, me)
         async with client_of(strict.instance, peers=me) as client:
             with pytest.raises(httpx.ConnectError) as raised:
                 await client.post(SERVICE, "/", json={})
             assert judge(raised.value, tls=True) == (Failure.NOT_SENT, Blame.NOBODY)
             assert client.explain(SERVICE).endpoints[0].ejected_for == 0.0
-        async with (
-            server(serving(MESH.service(SERVICE)), name="2") as good,
-            client_of(strict.instance, good.instance, peers=me) as client,
-        ):
-            for _ in range(10):
-                assert (await client.post(SERVICE, "/", json={})).text == "2"
-        assert strict.read == 0
+
+
+class Slow(MeshIdentity):
+    """Takes so long to verify that the other side has refused meanwhile."""
+
+    def verify(self, service: str, connection: Connection) -> None:
+        super().verify(service, connection)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("says_why", [True, False])
+async def test_connection_that_is_closed_right_after_the_handshake_is_not_sent_on(says_why: bool) -> None:
+    """A server that refuses our certificate and resets the connection, as Python's do: seen before a request is out."""
+    context = serving(MESH.service(SERVICE), trusts=FOREIGN)
+    source = FixedSource(MESH.service("orchestrator-api").leaf(), MESH.roots())
+    async with Slow("orchestrator-api", source) as me, alerting(context, says_why=says_why) as strict:
+        await refused(strict, me)
 
 
 @asynccontextmanager
-async def alerting(context: Context) -> AsyncIterator[Server]:
-    """A server that says why it ends a handshake, as Go's and Envoy's do, and asyncio's does not."""
+async def alerting(context: Context, *, drains: bool = False, says_why: bool = True) -> AsyncIterator[Server]:
+    """A server in a thread, which alerts as Go's and Envoy's do, and asyncio's does not.
+
+    ``drains``: it reads what still comes before it closes. Otherwise that resets the connection.
+    """
     assert context is not None
     listener = socket.create_server(("127.0.0.1", 0))
     seen = Server(Instance("1", SERVICE, "127.0.0.1", listener.getsockname()[1], connect=True))
+
+    def silent(plain: socket.socket) -> None:
+        """Ends the handshake without a word."""
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        secured = context.wrap_bio(incoming, outgoing, server_side=True)
+        while True:
+            try:
+                secured.do_handshake()
+            except ssl.SSLWantReadError:
+                plain.sendall(outgoing.read())
+                incoming.write(plain.recv(65_536))
+            else:
+                seen.read += 1
+                return
+
+    def loud(plain: socket.socket) -> None:
+        with context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False) as secured:
+            try:
+                secured.do_handshake()
+                seen.read += len(secured.recv(65_536))
+            except ssl.SSLError:
+                while drains and os.read(secured.fileno(), 65_536):
+                    pass
 
     def serve() -> None:
         while True:
@@ -307,13 +369,9 @@ async def alerting(context: Context) -> AsyncIterator[Server]:
             except OSError:
                 return
             seen.accepted += 1
-            with (
-                context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False) as secured,
-                suppress(OSError),
-            ):
-                secured.settimeout(5)
-                secured.do_handshake()
-                seen.read += len(secured.recv(65_536))
+            with plain, suppress(OSError):
+                plain.settimeout(5)
+                (loud if says_why else silent)(plain)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()

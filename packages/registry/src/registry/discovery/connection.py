@@ -45,11 +45,7 @@ class Connection(asyncio.Protocol):
         """Whether the other side has ever said anything."""
 
     async def secure(self, context: ssl.SSLContext, host: str) -> ssl.SSLObject:
-        """Speaks TLS from here on. Raises: ssl.SSLError, whatever else ends the handshake, or the connection with it.
-
-        With TLS 1.3 a server looks at our certificate when our handshake is over already: if it is known by now that it
-        does not accept that, nothing is sent.
-        """
+        """Speaks TLS from here on. Raises: ssl.SSLError, whatever else ends the handshake."""
         try:
             transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
         except ssl.SSLError:
@@ -58,12 +54,19 @@ class Connection(asyncio.Protocol):
             raise ssl.SSLError(f"the TLS handshake broke off: {error!r}") from error
         assert transport is not None
         self._transport = transport
+        return cast("ssl.SSLObject", transport.get_extra_info("ssl_object"))
+
+    async def settle(self) -> None:
+        """Looks once more before the first request, without waiting. Raises: ssl.SSLError, if it is closed already.
+
+        With TLS 1.3 a server looks at our certificate when our handshake is over: if it has said by now that it does
+        not accept that, nothing is sent.
+        """
         if self._poll.poll(0):
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
         if self._closed:
             raise rejection(self._lost_by) or ssl.SSLError("the connection was closed right after the handshake")
-        return cast("ssl.SSLObject", transport.get_extra_info("ssl_object"))
 
     def start(self, exchange: Exchange) -> None:
         """Sends the request, or begins to, without waiting."""

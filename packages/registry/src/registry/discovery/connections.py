@@ -131,6 +131,7 @@ class Connections:
                 if origin.peer and tls and peers:
                     with proven(origin.peer, f"{origin.host}:{origin.port}"):
                         peers.verify(origin.peer, await connection.secure(tls, peers.server_name(origin.peer)))
+                        await connection.settle()
                 elif tls:
                     await connection.secure(tls, origin.host)
             stands = True

@@ -26,7 +26,7 @@ logger = logging.getLogger("registry")
 
 FIRST_ANSWER = 2.0
 """Seconds that ``start`` waits."""
-_SPIFFE = re.compile(r"spiffe://([^/]+)/ns/default/dc/([^/]+)/svc/([^/]+)")
+_SPIFFE = re.compile(r"spiffe://([\w.-]+)/ns/default/dc/([\w-]+)/svc/([\w.~-]+)", re.ASCII)
 T = TypeVar("T")
 
 
