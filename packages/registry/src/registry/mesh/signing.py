@@ -9,12 +9,13 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from consul.callback import CB
 
 from registry.consul.connection import AsyncConsul, consul_errors
-from registry.errors import RegistryError, RegistryUnavailableError
+from registry.errors import InvalidInputError, RegistryError, RegistryUnavailableError
 from registry.extras import extra
 from registry.mesh.protobuf import chunks, encode
 from registry.mesh.settings import MeshSettings
@@ -157,8 +158,19 @@ def _channel(mesh: MeshSettings, settings: ConsulSettings) -> Any:
     scheme, _, address = str(mesh.grpc_address).rpartition("://")
     if scheme == "http" or (not scheme and mesh.grpc_ca_file is None):
         return grpc.aio.insecure_channel(address, options=_OPTIONS)
-    files = (mesh.grpc_ca_file, settings.client_key, settings.client_cert)
-    credentials = grpc.ssl_channel_credentials(*(file.read_bytes() if file else None for file in files))
+    files = {
+        "CONSUL_GRPC_CACERT": mesh.grpc_ca_file,
+        "CONSUL_CLIENT_KEY": settings.client_key,
+        "CONSUL_CLIENT_CERT": settings.client_cert,
+    }
+    credentials = grpc.ssl_channel_credentials(*(_content(*each) for each in files.items()))
     name = settings.tls_server_name
     options = [("grpc.ssl_target_name_override", name)] if name else []
     return grpc.aio.secure_channel(address, credentials, options=[*_OPTIONS, *options])
+
+
+def _content(variable: str, file: Path | None) -> bytes | None:
+    try:
+        return None if file is None else file.read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"{variable} {file} can't be read ({error.strerror})") from None
