@@ -102,7 +102,7 @@ def scene(
         log = tmp_path / "proxy.log"
         stack.enter_context(running(request.param(made.name, consul_agent, consul_binary, tmp_path), log))
         try:
-            wait_until(made.proxy_passes, 30)
+            wait_until(made.proxy_passes, 90)
         except AssertionError:
             pytest.fail(log.read_text()[-3000:])
         yield made
@@ -135,7 +135,7 @@ def test_what_a_proxy_denies_does_not_arrive(scene: Scene) -> None:
     async def call() -> str:
         async with MeshIdentity("driver", AgentSource(settings, allow_unsafe_agent=True)) as me:
             resolver, connections = ConsulResolver(settings, mesh="true"), ConnectionOptions(peers=me)
-            async with asyncio.timeout(20), ServiceDiscoveryClient(resolver, connections=connections) as client:
+            async with asyncio.timeout(60), ServiceDiscoveryClient(resolver, connections=connections) as client:
                 while True:  # until the proxy has heard of the intention
                     try:
                         await client.post(scene.name, "/cards", json={}, headers={"Connection": "close"})
@@ -157,7 +157,7 @@ def test_caller_behind_a_proxy_reaches_a_native_service(scene: Scene) -> None:
     env = {"CONSUL_CONNECT": "true", "CONSUL_CONNECT_ALLOW_UNSAFE_AGENT": "true"}
     native = running_service("mesh_app:app", scene.native, consul=scene.agent, cwd=HERE, wait=False, env=env)
     with native as process, httpx.Client(base_url=f"http://127.0.0.1:{scene.upstream_port}", trust_env=False) as shop:
-        wait_until(process.is_found, 30)
+        wait_until(process.is_found, 90)
 
         def answers() -> bool:
             try:
@@ -165,6 +165,6 @@ def test_caller_behind_a_proxy_reaches_a_native_service(scene: Scene) -> None:
             except httpx.TransportError:
                 return False
 
-        wait_until(answers, 20)
+        wait_until(answers, 60)
         callers = {json.loads(shop.post("/work").content)["caller"] for _ in range(20)}
     assert callers == {scene.name}
