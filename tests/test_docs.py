@@ -13,7 +13,7 @@ In a page, blocks run in order, against a Consul agent of the page's own. What a
   adds Prometheus and Jaeger to it.
 
 Ports (8500, 800x and those of the services) are replaced by free ones, so that this runs beside a running demo;
-nothing else is. A page that starts Consul itself finds a binary that does so on the page's ports.
+nothing else is. A page that types ``consul`` finds a binary, which starts an agent on the page's ports.
 """
 
 import contextlib
@@ -220,16 +220,18 @@ def session(
     monkeypatch.setenv("CONSUL_HTTP_ADDR", f"localhost:{fresh_consul_agent.http_port}")
     monkeypatch.chdir(tmp_path)
     typed = [block.code for block in blocks(request.param.read_text()) if block.language == "bash"]
-    if any(re.search(r"agent -(dev|config)", code) for code in typed):
-        fresh_consul_agent.stop()
+    starts_agent = any(re.search(r"agent -(dev|config)", code) for code in typed)
+    if starts_agent or any(re.search(r"^consul ", code, re.MULTILINE) for code in typed):
         server, serf = free_ports(2)
         consul = tmp_path_factory.mktemp("bin") / "consul"
         consul.write_text(
             _CONSUL.format(binary=consul_binary, http=fresh_consul_agent.http_port, server=server, serf=serf)
         )
         consul.chmod(0o755)
-        monkeypatch.setenv("CONSUL_BIN", str(consul))
         monkeypatch.setenv("PATH", f"{consul.parent}{os.pathsep}{os.environ['PATH']}")
+    if starts_agent:
+        fresh_consul_agent.stop()
+        monkeypatch.setenv("CONSUL_BIN", str(consul))
     session = Session(request.param, fresh_consul_agent, tmp_path)
     try:
         yield session

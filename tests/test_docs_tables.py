@@ -15,6 +15,7 @@ import registry
 import registry.environment
 import registry.fastapi
 import registry.logs
+import registry.mesh.settings
 import registry.testing.archive
 import registry.testing.binary
 from registry import ServiceDiscoveryClient, ServiceRegistry, ServiceSettings
@@ -107,7 +108,7 @@ def test_log_variables_are_documented() -> None:
 
 def test_consul_variables_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every CONSUL_* variable that the package reads stands in the table, and no other; the defaults are right."""
-    modules = (registry.environment, registry.testing.archive, registry.testing.binary)
+    modules = (registry.environment, registry.mesh.settings, registry.testing.archive, registry.testing.binary)
     sources = "".join(inspect.getsource(module) for module in modules)
     documented = {name: row for name, row in documented_variables().items() if name.startswith("CONSUL_")}
     assert documented.keys() == set(re.findall(r'"(CONSUL_\w+)"', sources))
@@ -170,7 +171,7 @@ def first_column(page: Path) -> list[str]:
 def test_architecture_has_every_module() -> None:
     """The tables of modules have every module of the package and of its wings, every other folder, and no more."""
     package = Path(registry.__file__).parent
-    wings = {"consul", "discovery", "presence"}
+    wings = {"consul", "discovery", "mesh", "presence"}
     files = [path.relative_to(package) for path in package.rglob("*.py") if path.name != "__init__.py"]
     modules = {path.as_posix() for path in files if path.parent.name in {"", *wings}}
     folders = {f"{path.parts[0]}/" for path in files if len(path.parts) > 1} - {f"{wing}/" for wing in wings}
