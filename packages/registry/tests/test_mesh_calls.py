@@ -48,7 +48,7 @@ def start(consul_agent: ConsulAgent) -> Iterator[Start]:
             env = {"CONSUL_CONNECT": connect, "UPSTREAM": upstream, "CONSUL_CONNECT_ALLOW_UNSAFE_AGENT": "true"}
             service = running_service("mesh_app:app", name, consul=agent, cwd=HERE, wait=False, env=env)
             process = stack.enter_context(service)
-            wait_until(process.is_found, 30)
+            wait_until(process.is_found, 90)
             return process
 
         yield run
@@ -74,7 +74,7 @@ async def member(agent: ConsulAgent, mesh: Mesh, service: str = "driver") -> Asy
             yield client
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  # what it looks at tells nobody
             await asyncio.sleep(0.01)
@@ -193,7 +193,7 @@ async def test_failover_is_what_it_is_without_the_mesh(
         await until(lambda: len(answered) == 2)
         os.kill(one.process.pid, number)
         more = answered[two.process.pid] + 200
-        await until(lambda: answered[two.process.pid] > more or any(each.done() for each in callers), 60)
+        await until(lambda: answered[two.process.pid] > more or any(each.done() for each in callers))
         ended.set()
         await asyncio.gather(*callers)
     print(f"{number.name}: {answered.total()} calls, 0 failed")  # noqa: T201
@@ -237,9 +237,9 @@ async def test_new_root_costs_no_call(start: Start, name: str, fresh_consul_agen
         own, server = me._leaf, await shown(me, name, settings)
         root = me.client_context().get_ca_certs()
         await asyncio.to_thread(new_root, agent)
-        await until(lambda: len(me.client_context().get_ca_certs()) > len(root), 40)
+        await until(lambda: len(me.client_context().get_ca_certs()) > len(root))
         changed = time.monotonic()
-        await until(lambda: me._leaf != own, 60)
+        await until(lambda: me._leaf != own)
         while (await shown(me, name, settings)) == server:
             assert time.monotonic() < changed + 60
             await asyncio.sleep(0.5)

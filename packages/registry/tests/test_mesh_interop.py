@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from registry import ConnectionOptions, ConsulResolver, ConsulSettings, ServiceDiscoveryClient
+from registry import ConnectionOptions, ConsulResolver, ConsulSettings, NoHealthyInstanceError, ServiceDiscoveryClient
 from registry.mesh.agent import AgentSource
 from registry.mesh.identity import MeshIdentity
 from registry.testing.fixtures import ConsulAgent
@@ -102,7 +102,7 @@ def scene(
         log = tmp_path / "proxy.log"
         stack.enter_context(running(request.param(made.name, consul_agent, consul_binary, tmp_path), log))
         try:
-            wait_until(made.proxy_passes, 30)
+            wait_until(made.proxy_passes, 90)
         except AssertionError:
             pytest.fail(log.read_text()[-3000:])
         yield made
@@ -126,12 +126,38 @@ def test_native_caller_reaches_a_service_behind_a_proxy(scene: Scene) -> None:
     assert len(scene.plain.requests) == 20
 
 
+def test_what_a_proxy_denies_does_not_arrive(scene: Scene) -> None:
+    """A proxy can't answer 403: it closes the connection, which an instance that broke would do, too."""
+    settings = ConsulSettings(host="127.0.0.1", port=scene.agent.http_port)
+    exact = f"/v1/connect/intentions/exact?source=driver&destination={scene.name}"
+    scene.consul.put(exact, json={"Action": "deny"}).raise_for_status()
+
+    async def call() -> str:
+        async with MeshIdentity("driver", AgentSource(settings, allow_unsafe_agent=True)) as me:
+            resolver, connections = ConsulResolver(settings, mesh="true"), ConnectionOptions(peers=me)
+            async with asyncio.timeout(60), ServiceDiscoveryClient(resolver, connections=connections) as client:
+                while True:  # until the proxy has heard of the intention
+                    try:
+                        await client.post(scene.name, "/cards", json={}, headers={"Connection": "close"})
+                    except httpx.TransportError as error:
+                        before = len(scene.plain.requests)
+                        with pytest.raises((httpx.TransportError, NoHealthyInstanceError)):
+                            await client.post(scene.name, "/cards", json={})
+                        assert len(scene.plain.requests) == before
+                        return type(error).__name__
+
+    try:
+        print(f"denied by a proxy: {asyncio.run(call())}")  # noqa: T201
+    finally:
+        scene.consul.delete(exact).raise_for_status()
+
+
 def test_caller_behind_a_proxy_reaches_a_native_service(scene: Scene) -> None:
     """The native service sees who calls: the service whose proxy it is."""
     env = {"CONSUL_CONNECT": "true", "CONSUL_CONNECT_ALLOW_UNSAFE_AGENT": "true"}
     native = running_service("mesh_app:app", scene.native, consul=scene.agent, cwd=HERE, wait=False, env=env)
     with native as process, httpx.Client(base_url=f"http://127.0.0.1:{scene.upstream_port}", trust_env=False) as shop:
-        wait_until(process.is_found, 30)
+        wait_until(process.is_found, 90)
 
         def answers() -> bool:
             try:
@@ -139,6 +165,6 @@ def test_caller_behind_a_proxy_reaches_a_native_service(scene: Scene) -> None:
             except httpx.TransportError:
                 return False
 
-        wait_until(answers, 20)
+        wait_until(answers, 60)
         callers = {json.loads(shop.post("/work").content)["caller"] for _ in range(20)}
     assert callers == {scene.name}

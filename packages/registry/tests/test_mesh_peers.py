@@ -239,6 +239,20 @@ async def test_verified_connection_is_not_lent_to_another_service() -> None:
             assert good.read == read
 
 
+async def test_lifespan_gives_its_identity_to_any_client() -> None:
+    """A client that was made without one gets it; one that names its own keeps that; None changes nothing."""
+    nobody = MeshIdentity("orchestrator-api", FixedSource())
+    async with identity() as me, server(serving(MESH.service(SERVICE))) as good:
+        async with client_of(good.instance, peers=None) as client:
+            client.use_peers(None)
+            client.use_peers(me)
+            assert (await client.get(SERVICE, "/")).text == "1"
+        async with client_of(good.instance, peers=me) as client:
+            client.use_peers(nobody)
+            assert (await client.get(SERVICE, "/")).text == "1"
+    await nobody.aclose()
+
+
 async def test_without_a_certificate_nobody_is_called_and_nobody_blamed() -> None:
     """The own certificate is not there yet: no connection is opened, nothing is ejected; once it is there, calls go."""
     source = FixedSource()

@@ -86,7 +86,7 @@ class Connections:
         if connection.finish():
             self._idle.setdefault(origin, deque()).append(connection)
             if self._sweep is None:
-                self._sweep = self._loop.call_later(self._keepalive(origin), self._close_expired)
+                self._sweep = self._loop.call_later(self._options.keepalive, self._close_expired)
         self._next_turn()
 
     def close(self) -> None:
