@@ -30,7 +30,7 @@ def served(consul: ConsulAgent) -> Iterator[ServiceProcess]:
     """backend-api, once it is found."""
     env = {"CONSUL_CONNECT": "true"}
     with running_service("mesh_served_app:app", SERVICE, consul=consul, cwd=HERE, env=env, wait=False) as service:
-        wait_until(service.is_found, 30)
+        wait_until(service.is_found, 90)
         yield service
 
 
@@ -108,4 +108,4 @@ async def test_agent_is_dead_for_five_seconds_under_load(private_consul_agent: C
             await load.reached(load.calls + 50)
         assert failures(load) == []
         assert during > 50
-        wait_until(service.is_found, 20)
+        wait_until(service.is_found, 60)

@@ -41,7 +41,7 @@ def started(consul: ConsulAgent, *options: str, name: str = SERVICE, **env: str)
             assert service.process.poll() is None, service.log
             return service.is_found()
 
-        wait_until(is_found, 30)
+        wait_until(is_found, 90)
         yield service
 
 
@@ -170,7 +170,7 @@ def test_consul_finds_it_healthy_and_native(served: ServiceProcess, mesh: Mesh) 
         (check,) = (check for check in entry["Checks"] if check["ServiceID"])
         return str(check["Output"])
 
-    wait_until(lambda: "200 OK" in output(), 5)
+    wait_until(lambda: "200 OK" in output(), 30)
 
 
 def test_deny_reaches_kept_connections_at_once(
@@ -241,7 +241,7 @@ def test_each_way_of_running_uvicorn(start: Start, mesh: Mesh, options: list[str
     right, wrong = (
         presenting(mesh[1].service(each), mesh[1], ssl.TLSVersion.TLSv1_3) for each in (CALLER, "research-api")
     )
-    wait_until(lambda: answer_of(service.port, wrong).startswith("HTTP/1.1 403 "), 5)
+    wait_until(lambda: answer_of(service.port, wrong).startswith("HTTP/1.1 403 "), 30)
     assert answer_of(service.port, right).startswith("HTTP/1.1 200 ")
     assert answer_of(service.port, right, "GET /numbers").startswith("HTTP/1.1 200 ")
     assert answer_of(service.port, None).startswith("refused")

@@ -72,7 +72,7 @@ def nobody() -> ssl.SSLContext:
 def test_other_servers_serve_nothing(consul_agent: ConsulAgent, service_name: str, command: list[str]) -> None:
     """They say what is missing and what to do; not one request is answered, and nothing is registered."""
     with starting(command, consul_agent, service_name) as service:
-        wait_until(lambda: "CONSUL_CONNECT=true needs uvicorn" in service.log, 30)
+        wait_until(lambda: "CONSUL_CONNECT=true needs uvicorn" in service.log, 90)
         assert "CONSUL_CONNECT=client" in service.log
         for context in (None, nobody()):
             assert answer_of(service.port, context).startswith("refused")
@@ -85,7 +85,7 @@ def test_gunicorn_with_uvicorns_worker_serves_it(consul_agent: ConsulAgent, serv
     """There uvicorn is the server."""
     command = [*GUNICORN, "--worker-class=uvicorn_worker.UvicornWorker", "--workers=2"]
     with starting(command, consul_agent, service_name) as service:
-        wait_until(service.is_found, 30)
+        wait_until(service.is_found, 90)
         assert answer_of(service.port, nobody(), "GET /health").startswith("HTTP/1.1 200 ")
         assert answer_of(service.port, nobody()).startswith("HTTP/1.1 403 ")
         assert answer_of(service.port, None).startswith("refused")
@@ -98,7 +98,7 @@ def test_certificate_of_uvicorns_own_is_refused(fresh_consul_agent: ConsulAgent,
     signed = authority_of(fresh_consul_agent).service("backend-api")
     (tmp_path / "pem").write_text(signed.key + signed.certificate)
     with starting([*UVICORN, f"--ssl-certfile={tmp_path / 'pem'}"], fresh_consul_agent, "backend-api") as service:
-        assert service.process.wait(30) != 0
+        assert service.process.wait(90) != 0
         assert "leave out uvicorn's --ssl-certfile and --ssl-keyfile" in service.log
 
 
@@ -119,7 +119,7 @@ def test_uvicorn_outside_of_the_main_thread_is_refused(monkeypatch: pytest.Monke
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
     assert ended
     assert not server.started
@@ -132,7 +132,7 @@ def test_unsafe_agent_ends_the_start(fresh_locked_agent: ConsulAgent) -> None:
     rules = f'service "{name}" {{ policy = "write" }}\nnode_prefix "" {{ policy = "read" }}'
     env = {"CONSUL_HTTP_TOKEN": token_for(fresh_locked_agent, rules)}
     with starting(UVICORN, fresh_locked_agent, name, **env) as service:
-        assert service.process.wait(30) != 0
+        assert service.process.wait(90) != 0
         assert "CVE-2026-105765" in service.log
         assert "Application startup failed" in service.log
         assert env["CONSUL_HTTP_TOKEN"] not in service.log
@@ -142,7 +142,7 @@ def test_unsafe_agent_ends_the_start(fresh_locked_agent: ConsulAgent) -> None:
     ]
     for way in ways:
         with starting(UVICORN, fresh_locked_agent, name, **env, **way) as service:
-            wait_until(service.is_found, 30)
+            wait_until(service.is_found, 90)
             assert answer_of(service.port, nobody()).startswith("HTTP/1.1 403 ")
             service.end(signal.SIGTERM)
 
@@ -152,13 +152,13 @@ def test_consul_that_comes_later_is_waited_for(private_consul_agent: ConsulAgent
     """Meanwhile it listens and refuses each handshake, and the log says why, once; then it registers by itself."""
     private_consul_agent.kill()
     with starting(UVICORN, private_consul_agent, "late-api") as service:
-        wait_until(lambda: "running on https://" in service.log, 30)
+        wait_until(lambda: "running on https://" in service.log, 90)
         for context in (nobody(), None):
             assert answer_of(service.port, context, "GET /health").startswith("refused")
-        wait_until(lambda: "not answer 200 as this instance (certificate: Consul at" in service.log, 15)
+        wait_until(lambda: "not answer 200 as this instance (certificate: Consul at" in service.log, 60)
         assert service.log.count("no news of the mesh's") == 1
         private_consul_agent.start()
-        wait_until(service.is_found, 20)
+        wait_until(service.is_found, 60)
         assert answer_of(service.port, nobody(), "GET /health").startswith("HTTP/1.1 200 ")
 
 
@@ -167,9 +167,9 @@ def test_token_without_the_right_registers_nothing(fresh_locked_agent: ConsulAge
     """It serves nobody and is not found; the log names what Consul said."""
     token = token_for(fresh_locked_agent, 'service "other-api" { policy = "write" }')
     with starting(UVICORN, fresh_locked_agent, "backend-api", CONSUL_HTTP_TOKEN=token) as service:
-        wait_until(lambda: "no news of the mesh's certificate" in service.log, 30)
+        wait_until(lambda: "no news of the mesh's certificate" in service.log, 90)
         assert "Permission denied" in service.log
-        wait_until(lambda: answer_of(service.port, nobody(), "GET /health").startswith("refused"), 10)
+        wait_until(lambda: answer_of(service.port, nobody(), "GET /health").startswith("refused"), 30)
         with admin(fresh_locked_agent) as http:
             assert http.get("/v1/health/service/backend-api").json() == []
 
