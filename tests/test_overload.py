@@ -22,19 +22,19 @@ def running_backends(agent: ConsulAgent, folder: Path) -> Iterator[tuple[Service
     shared = {"DATABASE_URL": f"sqlite:///{folder}/cards.db", "SERVICE_HEALTH_CHECK_INTERVAL": "0.5"}
     limited = {"SERVICE_MAX_IN_FLIGHT": "1"}
     with (
-        running_service("backend.main:app", BACKEND, consul=agent, cwd=folder, env=shared | limited) as first,
-        running_service("backend.main:app", BACKEND, consul=agent, cwd=folder, env=shared) as second,
+        running_service("backend.main:app", BACKEND, consul=agent, env=shared | limited, wait=False) as first,
+        running_service("backend.main:app", BACKEND, consul=agent, env=shared, wait=False) as second,
     ):
-        wait_until(lambda: first.is_found() and second.is_found())
+        wait_until(lambda: first.is_found() and second.is_found(), 60.0)
         yield first, second
 
 
 @contextmanager
 def kept_busy(service: ServiceProcess) -> Iterator[None]:
-    """A request whose body does not come is in progress there; the service would wait 20 s for it."""
+    """A request is in progress there whose body does not end; so much has come that the service waits for minutes."""
     with socket.create_connection(("127.0.0.1", service.port)) as caller:
-        caller.sendall(b"POST /api/publish HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
-        wait_until(lambda: service.http.get("/api/cards").status_code == 503)
+        caller.sendall(b"POST /api/publish HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b" " * 99_999)
+        wait_until(lambda: service.http.get("/api/cards", timeout=30.0).status_code == 503, 60.0)
         yield
 
 
@@ -60,7 +60,7 @@ async def test_what_one_declines_another_does(fresh_consul_agent: ConsulAgent, t
 
             with kept_busy(first):
                 report = await Load(publish, callers=4, calls=CALLS).run()
-                assert first.http.get("/health").status_code == 200
+                assert first.http.get("/health", timeout=30.0).status_code == 200
                 assert first.is_found()
             found = {each.id: each for each in caller.explain(BACKEND).endpoints}
             assert report.errors == {}
