@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
+import ssl
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +42,8 @@ class Replica:
     fault: str = ""
     """Its own, ``break`` or ``hang``, on whatever but /health is asked."""
     seen: list[Seen] = field(default_factory=list)
+    callers: set[str] = field(default_factory=set)
+    """The serial numbers of the certificates that connections of the last moments have shown."""
 
     def ran(self, path: str) -> int:
         """How often this path was asked for here."""
@@ -47,6 +51,8 @@ class Replica:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, until it ends."""
+        if certificate := writer.get_extra_info("peercert"):
+            self.callers.add(str(certificate["serialNumber"]))
         try:
             while await self._answer(reader, writer):
                 pass
@@ -105,20 +111,32 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
 
 
 @asynccontextmanager
-async def replicas(agent: ConsulAgent, service: str, count: int) -> AsyncIterator[list[Replica]]:
-    """So many replicas of a service, found by Consul."""
+async def replicas(
+    agent: ConsulAgent, service: str, count: int, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[list[Replica]]:
+    """So many replicas of a service, found by Consul; ``tls``: what they serve with."""
     made: list[Replica] = []
     async with AsyncExitStack() as stack:
         registry = stack.enter_context(ServiceRegistry("127.0.0.1", agent.http_port))
         for _ in range(count):
             replica = Replica()
-            server = await asyncio.start_server(replica.serve, "127.0.0.1", 0, limit=2**20)
+            server = await asyncio.start_server(replica.serve, "127.0.0.1", 0, limit=2**20, ssl=tls)
             stack.push_async_callback(_end, server)
             replica.port = server.sockets[0].getsockname()[1]
             made.append(replica)
 
             def register(port: int = replica.port) -> str:
-                return registry.register_service(service, "127.0.0.1", port, health_check_interval="1s")
+                if tls is None:
+                    return registry.register_service(service, "127.0.0.1", port, health_check_interval="1s")
+                entry: dict[str, str | int] = {
+                    "ID": f"{service}-{port}",
+                    "Name": service,
+                    "Address": "127.0.0.1",
+                    "Port": port,
+                }
+                url = f"{agent.url}/v1/agent/service/register"  # without a check: it would ask plainly
+                httpx.put(url, json=entry, trust_env=False).raise_for_status()
+                return str(entry["ID"])
 
             instance = await anyio.to_thread.run_sync(register)
             stack.push_async_callback(anyio.to_thread.run_sync, registry.deregister_service, instance)
@@ -134,8 +152,8 @@ async def _end(server: asyncio.Server) -> None:
 
 
 @asynccontextmanager
-async def running_edge(agent: ConsulAgent, folder: Path, *ready: str) -> AsyncIterator[Edge]:
-    """The edge, once it serves these services; ended whatever happens."""
+async def running_edge(agent: ConsulAgent, folder: Path, *ready: str, mesh: Path | None = None) -> AsyncIterator[Edge]:
+    """The edge, once it serves these services; ended whatever happens. ``mesh``: where its certificate is."""
     haproxy = find_program("haproxy", "haproxy")
     alive, topology, *ports = free_ports(2 + len(SERVICES))
     text = CONFIGURATION.read_text().replace('"${CONSUL_ADDRESS}:8600"', f"127.0.0.1:{agent.dns_port}")
@@ -145,7 +163,8 @@ async def running_edge(agent: ConsulAgent, folder: Path, *ready: str) -> AsyncIt
         assert found == 1
     file = folder / "haproxy.cfg"
     file.write_text(text)
-    with _process(haproxy, file, folder / "haproxy.log") as process:
+    environment = os.environ if mesh is None else {**os.environ, "EDGE_MESH": str(mesh)}
+    with _process(haproxy, file, folder / "haproxy.log", environment) as process:
         names = [service.name for service in SERVICES]
         edge = Edge({"topology": topology, **dict(zip(names, ports, strict=True))}, process.pid)
         async with httpx.AsyncClient(trust_env=False) as client:
@@ -162,9 +181,11 @@ async def running_edge(agent: ConsulAgent, folder: Path, *ready: str) -> AsyncIt
 
 
 @contextmanager
-def _process(haproxy: Path, configuration: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    haproxy: Path, configuration: Path, log: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("w") as file:
-        process = subprocess.Popen([haproxy, "-db", "-f", configuration], stdout=file, stderr=file)
+        process = subprocess.Popen([haproxy, "-db", "-f", configuration], stdout=file, stderr=file, env=environment)
         try:
             yield process
         finally:

@@ -8,6 +8,7 @@ where certificates come from, says the environment, as for a service.
 import asyncio
 import logging
 import os
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from pathlib import Path
@@ -102,8 +103,8 @@ async def _give(folder: Path, name: str, content: str) -> None:
     kind = "cert" if name == CERTIFICATE else "ca-file"
     path = folder / name
     # An empty line ends what is given.
-    await _ask(folder, f"set ssl {kind} {path} <<\n{content}\n", "Transaction")
-    await _ask(folder, f"commit ssl {kind} {path}\n", "Success")
+    await _ask(folder, f"set ssl {kind} {path} <<\n{content}\n", r"transaction (created|updated)")
+    await _ask(folder, f"commit ssl {kind} {path}\n", "success!")
 
 
 async def _ask(folder: Path, command: str, good: str) -> None:
@@ -115,7 +116,7 @@ async def _ask(folder: Path, command: str, good: str) -> None:
             answer = (await reader.read()).decode(errors="replace").strip()
         finally:
             writer.close()
-    if good not in answer:
+    if not re.search(good, answer, re.IGNORECASE):
         raise HaproxyError(f"{command.partition('<<')[0].strip()}: {answer[:500]}")
 
 
