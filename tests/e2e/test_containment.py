@@ -73,14 +73,16 @@ def test_the_edge_does_not_reach_the_database(system: System) -> None:
         assert code != 0, host
 
 
-def test_postgres_reaches_nobody_outside(system: System) -> None:
-    """Its network leads nowhere: neither to Consul and the services, nor through the engine's machine to anybody."""
-    consul = address(system.container("consul"), NETWORK)
-    connect = f"exec 3<>/dev/tcp/{consul}/8500"
-    code, _ = system.container("postgres").exec_run(["timeout", "2", "bash", "-c", connect])
-    assert code != 0
-    routes = run_in(system.container("postgres"), "cat", "/proc/net/route").splitlines()[1:]
-    assert [route for route in routes if route.split()[1] == "00000000"] == [], "a default route"
+def test_postgres_reaches_no_service_but_the_backend(system: System) -> None:
+    """From its network no way leads to the other one: it reaches neither Consul nor research-api."""
+    connect = "exec 3<>/dev/tcp/{}/{}"
+    postgres, backend = system.container("postgres"), system.replicas()[0]
+    near = address(backend.container, DATABASE_NETWORK)
+    run_in(postgres, "timeout", "2", "bash", "-c", connect.format(near, backend.service.port))
+    for name, port in (("consul", 8500), ("research", 8001)):
+        far = connect.format(address(system.container(name), NETWORK), port)
+        code, _ = postgres.exec_run(["timeout", "2", "bash", "-c", far])
+        assert code != 0, name
 
 
 def test_the_limits_are_in_effect(system: System) -> None:

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from orchestrator.keys import Keys, KeysUnavailableError, from_address
 from tests.support.issuer import EC_KEY, RSA_KEY, Issuer
@@ -184,6 +187,26 @@ async def test_keys_come_from_an_address(issuer: Issuer, address: tuple[str, lis
         with pytest.raises(KeysUnavailableError):
             await Keys(from_address(url)).find(RSA_KEY)
         assert len(answers) == 1
+
+
+async def test_an_issuer_proves_who_it_is(issuer: Issuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By https, keys come from whoever has a certificate that this machine trusts, and from nobody else."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(http("200 OK", json.dumps(issuer.jwks()).encode()))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+        url = f"https://localhost:{server.sockets[0].getsockname()[1]}/jwks.json"
+        with pytest.raises(KeysUnavailableError):
+            await Keys(from_address(url)).find(RSA_KEY)
+        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        assert await Keys(from_address(url)).find(RSA_KEY)
 
 
 async def test_a_silent_issuer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
