@@ -4,6 +4,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -89,18 +90,20 @@ async def test_tokens_rotate_under_load(locked_consul_agent: ConsulAgent, tmp_pa
                 old = [rotate("service"), rotate("caller")]
                 await apart(lambda times=times: one.log.count("with the new token") == times)  # type: ignore[misc]
                 for token in old:
-                    acl.delete(token)
+                    await asyncio.to_thread(acl.delete, token)
+                await apart(lambda most=calls + 50: calls > most, 60)  # type: ignore[misc]
             assert resolver.resolve(name) is known
             # A parked question whose token is gone is asked anew, and hears of this.
-            with running_service("presence_app:app", name, consul=locked_consul_agent, cwd=HERE, env=env) as another:
+            with ExitStack() as stack:
+                service = running_service("presence_app:app", name, consul=locked_consul_agent, cwd=HERE, env=env)
+                another = await asyncio.to_thread(stack.enter_context, service)
                 await apart(lambda: len(resolver.resolve(name) or ()) == 2)
-                assert another.end(signal.SIGTERM) < 3
+                await asyncio.to_thread(another.end, signal.SIGTERM)
             await apart(lambda: resolver.resolve(name) == known)
             for caller in callers:
                 caller.cancel()
             await asyncio.gather(*callers, return_exceptions=True)
             assert failures == []
-            assert calls > 100
             assert resolver.view(name).errors == 0
         assert "registration failed" not in one.log
         (one.directory / "sick").touch()
@@ -111,8 +114,54 @@ async def test_tokens_rotate_under_load(locked_consul_agent: ConsulAgent, tmp_pa
         assert not one.is_found()
         (one.directory / "sick").unlink()
         await apart(one.is_found)
-        assert one.end(signal.SIGTERM) < 3
+        one.end(signal.SIGTERM)
         assert found(locked_consul_agent, name, passing=False) == []
+
+
+def test_a_wrong_token_takes_nobody_out(locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str) -> None:
+    """A new token without the right leaves the instance registered with the old one, and the log names the line."""
+    acl, file = locked_consul_agent.acl, tmp_path / "token"
+    put(file, acl.token(OWN.format(service_name)))
+    env = {"CONSUL_HTTP_TOKEN": "", "CONSUL_HTTP_TOKEN_FILE": str(file)}
+    with running_service("presence_app:app", service_name, consul=locked_consul_agent, cwd=HERE, env=env) as one:
+        wait_until(one.is_found)
+        put(file, acl.token(READS.format(service_name)))
+        wait_until(lambda: "registration failed for now" in one.log)
+        assert f"add to a policy of the token: {WRITE.format(service_name)}" in one.log
+        assert one.is_found()
+        put(file, acl.token(OWN.format(service_name)))
+        wait_until(lambda: one.log.count("INFO registered") == 2)
+        assert one.is_found()
+
+
+async def test_the_wrong_order_is_told_and_heals(
+    locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str, sent: list[str]
+) -> None:
+    """A token that is ended before the file has the new one: the watch says so at once, and is back with the file.
+
+    Consul would answer a question that is parked with the dead token only after its wait, and with an empty list.
+    """
+    acl, file = locked_consul_agent.acl, tmp_path / "token"
+    token = acl.token(OWN.format(service_name))
+    put(file, token)
+    settings = settings_of(locked_consul_agent, file=file)
+    resolver = ConsulResolver(settings, upstreams=[service_name])
+    with ServiceRegistry(settings=settings) as registry:
+        try:
+            registry.register_service(service_name, "10.0.0.1", 8000)
+            await resolver.start()
+            await apart(lambda: "index=" in sent[-1])
+            await asyncio.to_thread(acl.delete, token)
+            await apart(lambda: resolver.view(service_name).error, 5)
+            put(file, acl.token(OWN.format(service_name)))
+            await apart(lambda: resolver.view(service_name).error is None, 5)
+            for number in (1, 2):
+                await asyncio.to_thread(registry.register_service, service_name, "10.0.0.2", number)
+                await apart(lambda number=number: resolver.view(service_name).registered == 1 + number, 5)  # type: ignore[misc]
+            for each in registry.discover_service(service_name, passing=False):
+                registry.deregister_service(each.id)
+        finally:
+            await resolver.aclose()
 
 
 async def test_another_token_is_written_only_where_the_instance_is(
@@ -310,11 +359,12 @@ def test_what_consul_says_is_missing(said: str, line: str) -> None:
 
 
 def test_a_token_needs_a_moment_to_be_known(serve: Serve, tmp_path: Path) -> None:
-    """The pause before the same token is tried once more is short: a denial is told in less than a second."""
+    """Before the same token is tried once more there is a pause, for the servers to hear of it; a short one."""
     (tmp_path / "token").write_text("same")
     server = serve(lambda _: DENIALS["403"])
     settings = ConsulSettings(host="127.0.0.1", port=server.port, token_file=tmp_path / "token")
     begun = time.monotonic()
     with ServiceRegistry(settings=settings) as registry, pytest.raises(RegistryError):
         registry.discover_service("cards")
-    assert 0.15 < time.monotonic() - begun < 1.0
+    assert 0.2 <= time.monotonic() - begun < 3.0
+    assert len(server.requests) == 2
