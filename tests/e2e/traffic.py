@@ -57,7 +57,7 @@ class Caller:
 
     def wait_until_ready(self) -> None:
         """Returns when it calls. Raises: TimeoutError."""
-        wait_until(self._ready.is_set, 30.0, "a caller is ready")
+        wait_until(self._ready.is_set, 90.0, "a caller is ready")
 
     def stop(self) -> None:
         """No new call begins; returns when those under way have ended."""
