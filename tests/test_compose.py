@@ -279,7 +279,10 @@ def test_the_edge_has_the_settings_that_were_measured() -> None:
         "hold nx 30s",
         'nameserver consul "${CONSUL_ADDRESS}:8600"',
     }
-    [server] = [line for line in lines if line.startswith("default-server ")]
+    servers = [line for line in lines if line.startswith("default-server ")]
+    [server] = [line for line in servers if " ssl " not in line]
+    [mesh] = [line for line in servers if " ssl " in line]
+    assert mesh.endswith("verify required")
     for setting in (
         "check inter 500ms fastinter 200ms downinter 500ms fall 2 rise 1",
         "observe layer4 error-limit 3 on-error mark-down",

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from demo.locked import locked
 from deploy.compose.keeper import vault as vaults
 from deploy.compose.keeper.access import grant
 from deploy.compose.keeper.api import Consul
-from deploy.compose.keeper.grants import AGENT, CALLS, EDGE, SERVERS, identities, intentions, policies
+from deploy.compose.keeper.grants import (
+    AGENT,
+    CALLS,
+    EDGE,
+    FRONT_DOOR,
+    SERVERS,
+    SERVERS_NAME,
+    identities,
+    intentions,
+    policies,
+)
 from deploy.compose.keeper.passes import AUDIENCE, ISSUER, sign_pass
 from deploy.compose.keeper.vault import Vault
 from orchestrator.auth import AuthSettings, RefusedError
@@ -30,6 +41,7 @@ TEXT = (COMPOSE / "docker-compose.locked.yml").read_text()
 LOCKED: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = LOCKED["services"]
 JOBS = {"keeper", "access"}
+BESIDE = {"edge-identity"}
 OURS = {service.folder: service.name for service in TABLE}
 
 
@@ -50,22 +62,28 @@ def test_a_service_has_no_more_rights_than_it_needs(name: str) -> None:
 
 
 def test_only_callers_are_let_in() -> None:
-    """An intention per service lets in those that call it, and the edge; everybody else is denied."""
+    """An intention per service lets in those that call it, and the edge; everybody else is denied.
+
+    The front door calls itself, too: its page asks every instance.
+    """
     for name, sources in intentions().items():
         allowed = {source["Name"] for source in sources if source["Action"] == "allow"}
         assert allowed == (
-            set() if name == "*" else {caller for caller, callees in CALLS.items() if name in callees} | {EDGE}
+            set()
+            if name == "*"
+            else {caller for caller, callees in CALLS.items() if name in callees or caller == name == FRONT_DOOR}
+            | {EDGE}
         )
     assert intentions()["*"] == [{"Name": "*", "Action": "deny"}]
 
 
 def test_the_overlay_adds_servers_and_jobs() -> None:
-    """It adds three servers and two jobs, and every container it adds is as contained as those below it."""
-    assert SERVICES.keys() - PLAIN["services"].keys() == {*SERVERS, *JOBS}
+    """It adds servers, jobs and the edge's identity, and every container it adds is as contained as those below it."""
+    assert SERVICES.keys() - PLAIN["services"].keys() == {*SERVERS, *JOBS, *BESIDE}
     kept = {key: value for key, value in PLAIN["x-base"].items() if key in LOCKED["x-base"]}
     assert LOCKED["x-base"] == kept
     assert PLAIN["x-base"].keys() - LOCKED["x-base"].keys() == {"environment", "healthcheck"}
-    for name in (*SERVERS, *JOBS):
+    for name in (*SERVERS, *JOBS, *BESIDE):
         service = SERVICES[name]
         assert (service["user"] == "0:0") == (name == "keeper"), name
         assert service.get("cap_add", []) == (["CHOWN", "DAC_OVERRIDE", "FOWNER"] if name == "keeper" else []), name
@@ -106,6 +124,23 @@ def test_a_volume_of_secrets_has_one_reader() -> None:
     assert LOCKED["volumes"].keys() >= filled.keys()
 
 
+def test_services_are_of_the_mesh() -> None:
+    """Each serves mutual TLS by a certificate that the servers sign, for a key that no agent has; so does the edge."""
+    for name in (*OURS, *BESIDE):
+        environment = SERVICES[name]["environment"]
+        assert environment["CONSUL_CONNECT"] == "true", name
+        assert environment["CONSUL_GRPC_ADDR"] == f"{SERVERS_NAME}:8503", name
+        assert environment["CONSUL_GRPC_CACERT"] == "/secrets/ca.pem", name
+        assert "CONSUL_CONNECT_ALLOW_UNSAFE_AGENT" not in environment
+    assert all(SERVICES[name]["networks"]["default"]["aliases"] == [SERVERS_NAME] for name in SERVERS)
+    assert json.loads((COMPOSE / "locked/server.json").read_text())["ports"]["grpc_tls"] == 8503
+    memory = LOCKED["volumes"]["edge-mesh"]["driver_opts"]
+    assert (memory["type"], memory["device"]) == ("tmpfs", "tmpfs")
+    assert {name for name, service in SERVICES.items() if "edge-mesh:/mesh" in service.get("volumes", [])} == {
+        *("edge", "edge-identity")
+    }
+
+
 def test_no_variable_holds_a_secret() -> None:
     """Variables name files, and every one that Compose fills in has the default of the other file."""
     for service in SERVICES.values():
@@ -136,6 +171,9 @@ def test_secrets_are_made_once(vault: Vault, tmp_path: Path) -> None:
     """What is there stays; each reader gets its own token, as a file that its user alone may read, and no other's."""
     vault.make()
     assert vault.deliver()
+    shown = ["openssl", "x509", "-noout", "-text", "-in", str(vault.folder / f"{SERVERS[0]}.pem")]
+    named = subprocess.run(shown, check=True, capture_output=True, text=True).stdout
+    assert {f"DNS:{SERVERS[0]}", f"DNS:{SERVERS_NAME}"} <= set(re.findall(r"DNS:[\w-]+", named))
     before = contents(tmp_path)
     vault.make()
     assert vault.deliver() == []

@@ -57,7 +57,7 @@ class Noted:
         await self._source.aclose()
 
     def files(self) -> Mapping[str, str]:
-        """Name → content, authorities first; nothing as long as something is missing."""
+        """Name → content; nothing as long as something is missing."""
         if self._leaf is None or self._roots is None:
             return {}
         roots, leaf = self._roots.certificates, self._leaf
@@ -79,32 +79,29 @@ async def keep(folder: Path, source: IdentitySource | None = None) -> None:
                 # First the files: a HAProxy that starts meanwhile has the newest.
                 for name, content in files.items():
                     _write(folder / name, content)
-                await _hand_over(folder, files, noted.changed)
+                await _hand_over(folder, files[CERTIFICATE], noted.changed)
 
 
-async def _hand_over(folder: Path, files: Mapping[str, str], changed: asyncio.Event) -> None:
-    """Returns when HAProxy has them, or when there are newer ones."""
-    said = ""
+async def _hand_over(folder: Path, certificate: str, changed: asyncio.Event) -> None:
+    """Returns when HAProxy has it, or when there is a newer one.
+
+    It gets no new authority: HAProxy 3.0.11 dies of that, after a certificate (haproxy/haproxy#3165). It need not: the
+    authority before has signed for the new one, and who shows a certificate shows that, too.
+    """
+    path, said = folder / CERTIFICATE, ""
     while not changed.is_set():
         try:
-            for name, content in files.items():
-                await _give(folder, name, content)
+            # An empty line ends what is given.
+            await _ask(folder, f"set ssl cert {path} <<\n{certificate}\n", r"transaction (created|updated)")
+            await _ask(folder, f"commit ssl cert {path}\n", "success!")
         except (OSError, HaproxyError) as error:
             if str(error) != said:
-                logger.info("HAProxy did not take the new files; this is tried again: %s", error)
+                logger.info("HAProxy did not take the new certificate; this is tried again: %s", error)
             said = str(error)
             await asyncio.sleep(PAUSE)
         else:
             logger.info("HAProxy uses the new certificate from its next connection on")
             return
-
-
-async def _give(folder: Path, name: str, content: str) -> None:
-    kind = "cert" if name == CERTIFICATE else "ca-file"
-    path = folder / name
-    # An empty line ends what is given.
-    await _ask(folder, f"set ssl {kind} {path} <<\n{content}\n", r"transaction (created|updated)")
-    await _ask(folder, f"commit ssl {kind} {path}\n", "success!")
 
 
 async def _ask(folder: Path, command: str, good: str) -> None:
