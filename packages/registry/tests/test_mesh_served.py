@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import os
 import signal
 import ssl
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -157,6 +160,15 @@ def test_only_the_health_check_needs_no_certificate(served: ServiceProcess, mesh
         assert answer_of(served.port, caller, "GET /health").startswith("HTTP/1.1 200 ")
         assert answer_of(served.port, caller, "GET /health?instance=another").startswith("HTTP/1.1 404 ")
         assert answer_of(served.port, caller, line).startswith("HTTP/1.1 403 ")
+
+
+def test_containers_health_check_speaks_tls(served: ServiceProcess) -> None:
+    """What the image's HEALTHCHECK runs."""
+    program = HERE.parents[2] / "deploy/compose/healthcheck.py"
+    for mode, code in {"true": 0, "false": 1}.items():
+        env = os.environ | {"SERVICE_PORT": str(served.port), "CONSUL_CONNECT": mode}
+        run = subprocess.run([sys.executable, program], env=env, stderr=subprocess.DEVNULL, check=False)
+        assert run.returncode == code
 
 
 def test_consul_finds_it_healthy_and_native(served: ServiceProcess, mesh: Mesh) -> None:
