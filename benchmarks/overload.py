@@ -94,8 +94,7 @@ def _keep_to(cores: Sequence[int], pid: int) -> None:
 def _backend(agent: ConsulAgent, folder: Path, service: str, variables: Mapping[str, str]) -> Iterator[ServiceProcess]:
     """Starting; all of a service share one database."""
     env = {"DATABASE_URL": f"sqlite:///{folder}/{service}.db", "LOG_LEVEL": "ERROR", **variables}
-    options = ("--no-access-log", "--loop=asyncio", "--http=h11")
-    with running_service("backend.main:app", service, *options, consul=agent, env=env, wait=False) as started:
+    with running_service("backend.main:app", service, "--no-access-log", consul=agent, env=env, wait=False) as started:
         yield started
 
 
