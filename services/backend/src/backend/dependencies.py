@@ -8,10 +8,8 @@ from backend.cards import Cards
 from backend.clients import ResearchClient
 from backend.database import Database
 from backend.settings import Settings
-from registry.fastapi import DiscoveryClient
+from registry.fastapi import Caller, DiscoveryClient
 
-_SERVICE = "registry.caller"
-"""Where a request's scope has the service that calls, once its certificate has proved which it is."""
 _FRONT_DOOR = "orchestrator-api"
 """The only service that speaks for others, where services prove who they are."""
 
@@ -35,13 +33,12 @@ async def _research(client: DiscoveryClient, settings: Annotated[Settings, Depen
 
 
 async def _owner(
-    request: Request,
+    service: Caller,
     subject: Annotated[
         str | None,
         Header(alias="X-Subject", min_length=1, max_length=1_000, pattern=r"^[\x21-\x7e]+$", include_in_schema=False),
     ] = None,
 ) -> str | None:
-    service = request.scope.get(_SERVICE)
     if subject and service in {None, _FRONT_DOOR}:
         return f"subject {subject}"
     return f"service {service}" if service else None

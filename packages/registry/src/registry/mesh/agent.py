@@ -79,7 +79,8 @@ class AgentSource:
 
     async def _gives(self, path: str, token: str | None) -> bool:
         stated = SecretStr(token) if token else None
-        settings = self._settings.model_copy(update={"token": stated, "token_file": None})
+        others = {"token_file": None, "auth_method": None, "bearer_token_file": None}
+        settings = self._settings.model_copy(update={"token": stated, **others})
         stranger = AsyncConsul(settings)
         try:
             with consul_errors(settings):

@@ -85,7 +85,7 @@ class SigningSource:
         """The active root, and those before it as long as they may be in use."""
         call = self._channel.unary_stream(f"{_SERVICE}/WatchRoots")
         with self._errors("its roots"):
-            async for told in call(b"", metadata=self._metadata()):
+            async for told in call(b"", metadata=await self._metadata()):
                 authority = _Authority(_only(told, 2), _only(told, 1))
                 if authority != self._authority:
                     self._authority = authority
@@ -117,15 +117,15 @@ class SigningSource:
         pem = request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
         sign = self._channel.unary_unary(f"{_SERVICE}/Sign")
         with self._errors(f"a certificate for {uri}"):
-            told = await sign(encode(1, pem), metadata=self._metadata(), timeout=self._settings.timeout)
+            told = await sign(encode(1, pem), metadata=await self._metadata(), timeout=self._settings.timeout)
             certificate = _only(told, 2)
             expires = x509.load_pem_x509_certificate(certificate.encode()).not_valid_after_utc
         kind, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
         secret = key.private_bytes(kind, form, serialization.NoEncryption()).decode()
         return Leaf(certificate, secret, uri, expires)
 
-    def _metadata(self) -> tuple[tuple[str, str], ...]:
-        token = self._settings.read_token()
+    async def _metadata(self) -> tuple[tuple[str, str], ...]:
+        token = await self._consul.http.current_token()
         return (("x-consul-token", token),) if token else ()
 
     @contextmanager
