@@ -25,6 +25,7 @@ Callback = Callable[[Response], Any]
 Request = dict[str, Any]
 T = TypeVar("T")
 
+_PARKING = {"hash", "index", "wait"}
 _AGAIN = 0.2
 """Seconds until a denied request is sent once more with the same token, as nobody has another one."""
 
@@ -74,6 +75,17 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
         return callback(Response(answer.status_code, answer.headers, answer.text))
 
 
+def unparked(request: Request) -> Request:
+    """The same, to be answered at once.
+
+    A question that is parked with a token that Consul does not know ends like this: with an empty list, after the wait.
+    """
+    url = httpx.URL(request["url"])
+    for name in _PARKING & set(url.params):
+        url = url.copy_remove_param(name)
+    return request | {"url": url}
+
+
 class _SyncRequests(_Requests):
     def __init__(self, settings: ConsulSettings) -> None:
         super().__init__(settings)
@@ -98,7 +110,7 @@ class _SyncRequests(_Requests):
                 raise
         if another == token:
             time.sleep(_AGAIN)
-        return self.answer(callback, self.client.request(**self.signed(request, another)))
+        return self.answer(callback, self.client.request(**self.signed(unparked(request), another)))
 
     def last(self, method: str, callback: Callback, path: str, params: Params = None) -> Any:
         """A request that ends its connection: behind a load balancer, the next one may reach another agent."""
@@ -154,7 +166,7 @@ class _AsyncRequests(_SyncRequests):
                 raise
         if another == token:
             await asyncio.sleep(_AGAIN)
-        return self.answer(callback, await self.async_client.request(**self.signed(request, another)))
+        return self.answer(callback, await self.async_client.request(**self.signed(unparked(request), another)))
 
     async def current_token(self) -> str | None:
         """What the next request carries; None: nothing. Raises: RegistryError."""

@@ -20,7 +20,7 @@ from consul.exceptions import ConsulException
 from registry.consul.opening import base_url, server_name, sync_client
 from registry.consul.refusals import brief, check_origin, consul_errors
 from registry.consul.tokens import TokenFile, TokenSource
-from registry.errors import RegistryError
+from registry.errors import RegistryError, RegistryUnavailableError
 from registry.settings import ConsulSettings
 
 __all__ = ["Login", "token_source"]
@@ -110,22 +110,30 @@ class Login(TokenSource):
                 error = self._failure[1]
                 raise type(error)(*error.args) from error
             try:
-                self._use(self._ask())
+                self._token = self._made_of(self._ask())
             except RegistryError as error:
                 self._failure = time.monotonic(), error
                 raise
-            assert self._token is not None
             return self._token
 
-    def _use(self, made: dict[str, Any]) -> None:
-        self._made, life = time.monotonic(), float("inf")
-        if made.get("ExpirationTime"):
-            # The difference, as Consul's clock may not be ours.
-            life = (_time(made["ExpirationTime"]) - _time(made["CreateTime"])).total_seconds()
-        self._due, self._end = self._made + life * random.uniform(*RENEW), self._made + life
-        self._token = made["SecretID"]
+    def _made_of(self, answer: httpx.Response) -> str:
+        """The token of Consul's answer, and when it must be followed by another."""
+        now, life = time.monotonic(), float("inf")
+        try:
+            made = answer.json()
+            token: str = made["SecretID"]
+            if made.get("ExpirationTime"):
+                # The difference, as Consul's clock may not be ours.
+                ends, begins = (datetime.fromisoformat(made[name]) for name in ("ExpirationTime", "CreateTime"))
+                life = (ends - begins).total_seconds()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RegistryUnavailableError(
+                f"Consul at {self.settings.url} sent a broken answer to a login: {type(error).__name__}"
+            ) from None
+        self._made, self._due, self._end = now, now + life * random.uniform(*RENEW), now + life
+        return token
 
-    def _ask(self) -> dict[str, Any]:
+    def _ask(self) -> httpx.Response:
         bearer, method = self.settings.read_bearer_token(), self.settings.auth_method
         with consul_errors(self.settings):
             answer = self._post("login", {}, json={"AuthMethod": method, "BearerToken": bearer})
@@ -133,8 +141,7 @@ class Login(TokenSource):
             if answer.is_server_error and not _BAD_BEARER.search(text):
                 raise ConsulException(f"{answer.status_code} {text}")
         if answer.is_success:
-            made: dict[str, Any] = answer.json()
-            return made
+            return answer
         if "not found" in text:
             advice = "create this auth method, or mend CONSUL_AUTH_METHOD"
         elif answer.status_code == httpx.codes.FORBIDDEN:
@@ -153,11 +160,6 @@ class Login(TokenSource):
             )
         check_origin(answer)
         return answer
-
-
-def _time(text: str) -> datetime:
-    # Nanoseconds, which Python's parser takes and cuts off.
-    return datetime.fromisoformat(text)
 
 
 _logins: dict[ConsulSettings, Login] = {}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from registry.testing.acl import Acl
 from registry.testing.binary import ConsulNotFoundError, find_consul
 from registry.testing.ports import free_ports, is_free
 
@@ -83,6 +84,13 @@ class ConsulAgent:
         if self._process is None:
             raise RuntimeError("the agent is not running")
         return self._process.pid
+
+    @property
+    def acl(self) -> Acl:
+        """Makes tokens with less rights. Raises: RuntimeError, if the agent was started without ``acl=True``."""
+        if self.token is None:
+            raise RuntimeError("this agent knows no tokens: start it with acl=True")
+        return Acl(self.url, self.token)
 
     def env(self) -> dict[str, str]:
         """Environment variables that make a child process use this agent."""

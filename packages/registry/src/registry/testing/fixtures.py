@@ -20,6 +20,7 @@ __all__ = [
     "consul_binary",
     "fresh_consul_agent",
     "instances",
+    "locked_consul_agent",
     "private_consul_agent",
 ]
 
@@ -55,6 +56,13 @@ def fresh_consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
 def private_consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
     """An agent for this test only, which it may kill, pause and restart."""
     with running_agent(binary=consul_binary) as agent:
+        yield agent
+
+
+@pytest.fixture(scope="session")
+def locked_consul_agent(consul_binary: Path) -> Iterator[ConsulAgent]:
+    """One agent shared by all tests of the session that denies by default: ``agent.acl.token(rules)``."""
+    with running_agent(binary=consul_binary, acl=True, in_memory=True) as agent:
         yield agent
 
 
