@@ -1,10 +1,12 @@
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from registry import ServiceRegistry
+from registry.consul import connection
 from registry.testing.fixtures import ConsulAgent
 from tests.support.server import Answer, RecordingServer, Request, Serve, recording_server
 
@@ -20,6 +22,20 @@ def service_registry(consul_agent: ConsulAgent) -> Iterator[ServiceRegistry]:
     """The control plane of the shared agent."""
     with ServiceRegistry("127.0.0.1", consul_agent.http_port) as registry:
         yield registry
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The address of each request that this process has sent to Consul, the newest last."""
+    addresses: list[str] = []
+    signed = connection._Requests.signed
+
+    def note(requests: connection._Requests, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        addresses.append(str(request["url"]))
+        return signed(requests, request, token)
+
+    monkeypatch.setattr(connection._Requests, "signed", note)
+    return addresses
 
 
 @pytest.fixture

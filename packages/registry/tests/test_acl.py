@@ -116,7 +116,7 @@ async def test_tokens_rotate_under_load(locked_consul_agent: ConsulAgent, tmp_pa
 
 
 async def test_the_wrong_order_is_told_and_heals(
-    locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str
+    locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str, sent: list[str]
 ) -> None:
     """A token that is ended before the file has the new one: the watch says so at once, and is back with the file.
 
@@ -131,7 +131,7 @@ async def test_the_wrong_order_is_told_and_heals(
         try:
             registry.register_service(service_name, "10.0.0.1", 8000)
             await resolver.start()
-            await asyncio.sleep(0.2)  # until it is parked; if it is not, the test tells less
+            await apart(lambda: "index=" in sent[-1])
             await asyncio.to_thread(acl.delete, token)
             await apart(lambda: resolver.view(service_name).error, 5)
             put(file, acl.token(OWN.format(service_name)))
