@@ -21,6 +21,7 @@ from registry.settings import ConsulSettings
 
 __all__ = ["DeniedError", "UnprovenEmptyError", "brief", "check_origin", "check_rights", "consul_errors", "is_unknown"]
 
+_IMPLICIT = ". The anonymous token is used implicitly"
 _EMPTY = re.compile(r"/v1/(?:health/(?:service|connect|(?P<checks>state))/.+|catalog/services)")
 """Lists that Consul empties for whom it does not trust."""
 
@@ -31,7 +32,7 @@ class DeniedError(ACLPermissionDenied):  # type: ignore[misc]  # py-consul has n
     def __init__(self, said: str, request: httpx.Request) -> None:
         token = "X-Consul-Token" in request.headers
         advised = advice(said, needed(request.url, request.content), token=token)
-        super().__init__(f"{brief(said)}; {advised}")
+        super().__init__(f"{brief(said.partition(_IMPLICIT)[0])}; {advised}")
 
 
 class UnprovenEmptyError(DeniedError):
