@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from registry import ConsulSettings, Registrar, ServiceRegistry, ServiceSettings
+from registry.presence import addresses
 from registry.presence import registrar as presence
 from registry.presence.addresses import is_loopback, is_ours
 from registry.testing.fixtures import ConsulAgent, Instances
@@ -351,7 +352,7 @@ async def test_an_address_that_misleads_callers_is_told(
 ) -> None:
     """A loopback address with an agent elsewhere is one warning that names the way out; else there is none."""
     answer = AsyncMock(side_effect=towards_consul if isinstance(towards_consul, OSError) else [towards_consul] * 9)
-    monkeypatch.setattr(presence, "address_towards", answer)
+    monkeypatch.setattr(addresses, "address_towards", answer)
     consul = ConsulSettings.model_validate({"host": "127.0.0.1", "port": consul_agent.http_port})
     registrar = Registrar(ServiceSettings(name="misleading", port=8002, address=address), consul)
     monkeypatch.setattr(registrar, "answers", AsyncMock(return_value=True))
