@@ -1,6 +1,7 @@
 """Logging in with the identity that the platform gives a process: one login, renewed, and ended with the process."""
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -177,6 +178,32 @@ def test_a_refused_identity_is_told(
         registry.discover_service(service_name)
     assert not isinstance(caught.value, RegistryUnavailableError)
     assert bearer not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
+def test_neither_identity_nor_token_shows(
+    settings: ConsulSettings, tmp_path: Path, service_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From login to logout, denials between, no log at DEBUG, repr or error shows what others could use."""
+    for name in ("", "httpx", "httpcore", "registry"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    with ServiceRegistry(settings=settings) as registry:
+        registry.discover_service(service_name)
+        (token,) = {source.current() for source in login._logins.values()}
+        with pytest.raises(RegistryError) as caught:
+            registry.register_service("foreign", "10.0.0.1", 1)
+        said = f"{caught.value!r} {caught.value.__cause__!r} {settings!r} {login._logins!r} {vars(registry)!r}"
+    said += "".join(f"{record.getMessage()} {vars(record)!r}" for record in caplog.records)
+    assert "/v1/acl/logout" in said
+    assert token not in said
+    assert (tmp_path / "identity").read_text().strip() not in said
+
+
+def test_a_consul_without_rules_is_told(consul_agent: ConsulAgent, tmp_path: Path) -> None:
+    """Who is told to log in where nobody has to, is told to leave it."""
+    (tmp_path / "identity").write_text("5ecret")
+    settings = logging_in(consul_agent.http_port, "platform", tmp_path / "identity")
+    with ServiceRegistry(settings=settings) as registry, pytest.raises(RegistryError, match="unset CONSUL_AUTH_METHOD"):
+        registry.discover_service("cards")
 
 
 @pytest.mark.parametrize(("suffix", "advice"), [("-unknown", "mend CONSUL_AUTH_METHOD"), ("-bare", "binding rule")])

@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -12,7 +13,7 @@ import httpx
 from consul.base import Consul, HTTPClient, Response
 from consul.exceptions import ACLPermissionDenied
 
-from registry.consul.login import token_source
+from registry.consul.login import LOGOUT_TIMEOUT, token_source
 from registry.consul.opening import async_client, base_url, server_name, sync_client
 from registry.consul.refusals import UnprovenEmptyError, check_origin, check_rights, consul_errors, is_unknown
 from registry.settings import ConsulSettings
@@ -174,7 +175,9 @@ class _AsyncRequests(_SyncRequests):
 
     async def aclose(self) -> None:
         await self.async_client.aclose()
-        await self._apart(partial(self.tokens.leave, self))
+        with suppress(TimeoutError):  # nobody waits for a resolver of names that hangs
+            async with asyncio.timeout(LOGOUT_TIMEOUT):
+                await self._apart(partial(self.tokens.leave, self))
 
     def close(self) -> Any:
         return self.aclose()

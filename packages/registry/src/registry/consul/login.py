@@ -23,7 +23,7 @@ from registry.consul.tokens import TokenFile, TokenSource
 from registry.errors import RegistryError, RegistryUnavailableError
 from registry.settings import ConsulSettings
 
-__all__ = ["Login", "token_source"]
+__all__ = ["LOGOUT_TIMEOUT", "Login", "token_source"]
 
 logger = logging.getLogger("registry")
 
@@ -34,6 +34,7 @@ RETRY = 2.0
 SPREAD = 2.0
 """Seconds that a new token may take to be known by every server."""
 LOGOUT_TIMEOUT = 1.0
+"""Seconds that a dead Consul may delay the end of a process, once more."""
 # Consul answers these with a 500, like an outage of its own.
 _BAD_BEARER = re.compile("jwt|jws|token|claim|signature", re.IGNORECASE)
 
@@ -98,7 +99,7 @@ class Login(TokenSource):
         if token is None or self._held:
             return
         with suppress(RegistryError), consul_errors(self.settings):
-            self._post("logout", {"X-Consul-Token": token}, timeout=LOGOUT_TIMEOUT)
+            self._post("logout", {"X-Consul-Token": token}, timeout=LOGOUT_TIMEOUT / 2)  # to connect, and to read
 
     def _log_in(self, instead_of: str | None) -> str:
         """A new token, unless another thread got one meanwhile. Raises: RegistryError."""
@@ -142,7 +143,9 @@ class Login(TokenSource):
                 raise ConsulException(f"{answer.status_code} {text}")
         if answer.is_success:
             return answer
-        if "not found" in text:
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            advice = "switch on its access rules, or unset CONSUL_AUTH_METHOD"
+        elif "not found" in text:
             advice = "create this auth method, or mend CONSUL_AUTH_METHOD"
         elif answer.status_code == httpx.codes.FORBIDDEN:
             advice = "no binding rule of this auth method gives anything to whom the bearer token names: add one"
