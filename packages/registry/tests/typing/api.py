@@ -169,6 +169,8 @@ async def presence() -> None:
     consul = ConsulSettings(host="consul", port=8501, scheme="https", token=SecretStr("t"), ca_file=Path("ca.pem"))
     assert_type(consul.url, str)
     assert_type(consul.read_token(), str | None)
+    logging_in = ConsulSettings(auth_method="platform", bearer_token_file=Path("identity"))
+    assert_type(logging_in.read_bearer_token(), str)
     registrar = Registrar(settings, consul)
     registrar.start()
     assert_type(registrar.instance_id, str | None)
