@@ -115,6 +115,23 @@ async def test_tokens_rotate_under_load(locked_consul_agent: ConsulAgent, tmp_pa
         assert found(locked_consul_agent, name, passing=False) == []
 
 
+def test_a_wrong_token_takes_nobody_out(locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str) -> None:
+    """A new token without the right leaves the instance registered with the old one; the log names the line it needs."""
+    acl, file = locked_consul_agent.acl, tmp_path / "token"
+    put(file, acl.token(OWN.format(service_name)))
+    env = {"CONSUL_HTTP_TOKEN": "", "CONSUL_HTTP_TOKEN_FILE": str(file)}
+    with running_service("presence_app:app", service_name, consul=locked_consul_agent, cwd=HERE, env=env) as one:
+        wait_until(one.is_found)
+        put(file, acl.token(READS.format(service_name)))
+        wait_until(lambda: "registration failed for now" in one.log)
+        assert f"add to a policy of the token: {WRITE.format(service_name)}" in one.log
+        assert one.is_found()
+        put(file, acl.token(OWN.format(service_name)))
+        wait_until(lambda: one.log.count("INFO registered") == 2)
+        assert one.is_found()
+        assert one.end(signal.SIGTERM) < 3
+
+
 async def test_the_wrong_order_is_told_and_heals(
     locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str, sent: list[str]
 ) -> None:
