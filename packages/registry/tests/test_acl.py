@@ -116,7 +116,7 @@ async def test_tokens_rotate_under_load(locked_consul_agent: ConsulAgent, tmp_pa
 
 
 def test_a_wrong_token_takes_nobody_out(locked_consul_agent: ConsulAgent, tmp_path: Path, service_name: str) -> None:
-    """A new token without the right leaves the instance registered with the old one; the log names the line it needs."""
+    """A new token without the right leaves the instance registered with the old one, and the log names the line."""
     acl, file = locked_consul_agent.acl, tmp_path / "token"
     put(file, acl.token(OWN.format(service_name)))
     env = {"CONSUL_HTTP_TOKEN": "", "CONSUL_HTTP_TOKEN_FILE": str(file)}
