@@ -357,11 +357,12 @@ def test_what_consul_says_is_missing(said: str, line: str) -> None:
 
 
 def test_a_token_needs_a_moment_to_be_known(serve: Serve, tmp_path: Path) -> None:
-    """The pause before the same token is tried once more is short: a denial is told in less than a second."""
+    """Before the same token is tried once more there is a pause, for the servers to hear of it; a short one."""
     (tmp_path / "token").write_text("same")
     server = serve(lambda _: DENIALS["403"])
     settings = ConsulSettings(host="127.0.0.1", port=server.port, token_file=tmp_path / "token")
     begun = time.monotonic()
     with ServiceRegistry(settings=settings) as registry, pytest.raises(RegistryError):
         registry.discover_service("cards")
-    assert 0.15 < time.monotonic() - begun < 1.0
+    assert 0.2 <= time.monotonic() - begun < 3.0
+    assert len(server.requests) == 2
