@@ -416,5 +416,5 @@ def test_a_service_renews_its_login_and_registration(
         wait_until(lambda: not one.is_found())
         (one.directory / "sick").unlink()
         wait_until(one.is_found)
-        assert one.end(signal.SIGTERM) < 4
+        one.end(signal.SIGTERM)
         assert found(locked_consul_agent, service_name, passing=False) == []
