@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import httpx
 import pytest
 from cryptography import x509
@@ -14,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from registry import ConsulSettings, InvalidInputError
+from registry import ConsulSettings, InvalidInputError, RegistryUnavailableError
 from registry.mesh import signing
 from registry.mesh.identity import MeshIdentity
 from registry.mesh.protobuf import chunks, encode
 from registry.mesh.settings import MeshSettings
 from registry.mesh.signing import SigningSource
 from registry.testing.fixtures import ConsulAgent
+from registry.testing.ports import free_ports
 from tests.support.authority import Authority
 from tests.support.mesh import authority_of, new_root, token_for
 
@@ -129,6 +132,47 @@ async def test_address_by_tls_needs_what_signed_the_server() -> None:
     mesh = MeshSettings(grpc_address="https://127.0.0.1:1")
     async with MeshIdentity(OWN, SigningSource(mesh, ConsulSettings())) as me:
         await until(lambda: "UNAVAILABLE" in str(me.complaint))
+
+
+async def test_another_authority_of_the_servers_is_trusted_once_its_file_is_there(tmp_path: Path) -> None:
+    """The servers get new certificates by a new authority, and are asked again as soon as the file has changed."""
+    file, [port] = tmp_path / "ca.pem", free_ports(1)
+    settings = MeshSettings(grpc_address=f"localhost:{port}", grpc_ca_file=file)
+    source: SigningSource | None = None
+    for authority in (Authority(), Authority()):
+        file.write_text(authority.root)
+        source = source or SigningSource(settings, ConsulSettings())
+        async with telling_roots(authority, port), asyncio.timeout(20):
+            while True:
+                try:
+                    assert (await anext(source.roots())).certificates == (authority.root,)
+                    break
+                except RegistryUnavailableError:  # the server was just started
+                    await asyncio.sleep(0.05)
+    assert source is not None
+    await source.aclose()
+
+
+@asynccontextmanager
+async def telling_roots(authority: Authority, port: int) -> AsyncIterator[None]:
+    """A server of Consul, as far as its roots; it shows a certificate of the same authority."""
+
+    async def told(request: bytes, context: object) -> AsyncIterator[bytes]:
+        root = encode(5, authority.root)
+        head = bytes([3 << 3 | 2, len(root) & 127 | 128, len(root) >> 7])  # no text: longer than 127 bytes
+        yield encode(1, "an id") + encode(2, authority.trust_domain) + head + root
+
+    signed = authority.sign(dns=["localhost"])
+    handler = grpc.unary_stream_rpc_method_handler(told)
+    service = signing._SERVICE.removeprefix("/")
+    server = grpc.aio.server(handlers=[grpc.method_handlers_generic_handler(service, {"WatchRoots": handler})])
+    shown = [(signed.key.encode(), signed.certificate.encode())]
+    server.add_secure_port(f"localhost:{port}", grpc.ssl_server_credentials(shown))
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
 
 
 def test_file_that_is_not_there_is_named() -> None:

@@ -62,7 +62,9 @@ class SigningSource:
         self._settings = settings or ConsulSettings()
         self._consul = AsyncConsul(self._settings)
         self._address = str(mesh.grpc_address)
-        self._channel = _channel(mesh, self._settings)
+        self._mesh = mesh
+        self._files = _files(mesh, self._settings)
+        self._channels = [_open(mesh, self._settings, self._files)]
         self._authority: _Authority | None = None
         self._changed = asyncio.Event()
         self._datacenters: list[str] = []
@@ -83,7 +85,7 @@ class SigningSource:
 
     async def roots(self) -> AsyncGenerator[Roots, None]:
         """The active root, and those before it as long as they may be in use."""
-        call = self._channel.unary_stream(f"{_SERVICE}/WatchRoots")
+        call = self._channel().unary_stream(f"{_SERVICE}/WatchRoots")
         with self._errors("its roots"):
             async for told in call(b"", metadata=await self._metadata()):
                 authority = _Authority(_only(told, 2), _only(told, 1))
@@ -94,7 +96,8 @@ class SigningSource:
 
     async def aclose(self) -> None:
         """Closes connections."""
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
         await self._consul.http.close()
 
     async def _leaf(self, service: str, authority: _Authority) -> Leaf:
@@ -115,7 +118,7 @@ class SigningSource:
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
         request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).add_extension(names, False)
         pem = request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
-        sign = self._channel.unary_unary(f"{_SERVICE}/Sign")
+        sign = self._channel().unary_unary(f"{_SERVICE}/Sign")
         with self._errors(f"a certificate for {uri}"):
             told = await sign(encode(1, pem), metadata=await self._metadata(), timeout=self._settings.timeout)
             certificate = _only(told, 2)
@@ -123,6 +126,13 @@ class SigningSource:
         kind, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
         secret = key.private_bytes(kind, form, serialization.NoEncryption()).decode()
         return Leaf(certificate, secret, uri, expires)
+
+    def _channel(self) -> Any:
+        """Another one, once a file has changed: who signs for the servers may have. What runs on the former runs on."""
+        if (files := _files(self._mesh, self._settings)) != self._files:
+            self._files = files
+            self._channels.append(_open(self._mesh, self._settings, files))
+        return self._channels[-1]
 
     async def _metadata(self) -> tuple[tuple[str, str], ...]:
         token = await self._consul.http.current_token()
@@ -154,16 +164,21 @@ def _only(message: bytes, number: int) -> str:
     return found[0].decode()
 
 
-def _channel(mesh: MeshSettings, settings: ConsulSettings) -> Any:
-    scheme, _, address = str(mesh.grpc_address).rpartition("://")
-    if scheme == "http" or (not scheme and mesh.grpc_ca_file is None):
-        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+def _files(mesh: MeshSettings, settings: ConsulSettings) -> tuple[bytes | None, ...]:
+    """Authority, key and certificate."""
     files = {
         "CONSUL_GRPC_CACERT": mesh.grpc_ca_file,
         "CONSUL_CLIENT_KEY": settings.client_key,
         "CONSUL_CLIENT_CERT": settings.client_cert,
     }
-    credentials = grpc.ssl_channel_credentials(*(_content(*each) for each in files.items()))
+    return tuple(_content(*each) for each in files.items())
+
+
+def _open(mesh: MeshSettings, settings: ConsulSettings, files: tuple[bytes | None, ...]) -> Any:
+    scheme, _, address = str(mesh.grpc_address).rpartition("://")
+    if scheme == "http" or (not scheme and mesh.grpc_ca_file is None):
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(*files)
     name = settings.tls_server_name
     options = [("grpc.ssl_target_name_override", name)] if name else []
     return grpc.aio.secure_channel(address, credentials, options=[*_OPTIONS, *options])
