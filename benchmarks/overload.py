@@ -26,12 +26,13 @@ PATIENCE = 1.0
 INSTANCES = 2
 CALLERS = 16
 """As many as keep the instances busy, and wait for nothing but their turn."""
-CARDS = 200
+CARDS = 100
+"""That a search finds: enough work for the caller not to be what has too much to do."""
 ROUNDS = 5
 SECONDS = 5.0
 """Of each load."""
 START_SECONDS = 60.0
-LAG, IN_FLIGHT = {"SERVICE_SHED_LAG": "0.1"}, {"SERVICE_MAX_IN_FLIGHT": "32"}
+LAG, IN_FLIGHT = {"SERVICE_SHED_LAG": "0.1"}, {"SERVICE_MAX_IN_FLIGHT": "8"}
 WAYS: dict[str, dict[str, str]] = {"": {}, "lag": LAG, "lag and in flight": LAG | IN_FLIGHT}
 """What is limited → the variables. The last is what is promised of: here requests queue for the database, too."""
 
@@ -110,13 +111,17 @@ async def _client(agent: ConsulAgent, service: str) -> AsyncIterator[ServiceDisc
 async def _sample(way: Overload, agent: ConsulAgent, service: str, seconds: float) -> None:
     async with _client(agent, service) as client:
 
+        async def publish(request_id: str) -> httpx.Response:
+            return await client.post(service, "/api/publish", json={"title": request_id, "content": "more work"})
+
         async def call(request_id: str) -> httpx.Response:
             """A search, and now and then a card."""
             if request_id.endswith("0"):
-                return await client.post(service, "/api/publish", json={"title": request_id, "content": "more work"})
-            return await client.get(service, "/api/cards", params={"q": "more", "limit": 20})
+                return await publish(request_id)
+            return await client.get(service, "/api/cards", params={"q": "more", "limit": CARDS})
 
-        await Load(call, callers=CALLERS, calls=CARDS).run()
+        await Load(publish, callers=2, calls=0 if way.goodput else CARDS).run()
+        await Load(call, callers=CALLERS, calls=2 * CALLERS).run()
         alone = (await _ended(Load(call, callers=CALLERS), seconds)).calls / seconds
         before = dict(_outcomes(client, service))
         busy = await _ended(Load(call, rate=FACTOR * alone), seconds)
