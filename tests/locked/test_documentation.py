@@ -29,7 +29,8 @@ def test_commands(system: LockedSystem, page: Path, block: Block) -> None:
     system.settle()
     shell = Shell(ROOT, system.stack.environment())
     try:
-        shell.type(f'docker-compose() {{ {shlex.join(compose_command())} "$@"; }}')
+        # Compose would read what is typed next.
+        shell.type(f'docker-compose() {{ {shlex.join(compose_command())} "$@" < /dev/null; }}')
         code = block.code
         for service in SERVICES:
             code = code.replace(f"localhost:{service.port}", system.edge[service.name].removeprefix("http://"))
