@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from deploy.compose.stack import Stack, StackError, check_engine, overlaid
+from deploy.compose.stack import Stack, exit_code, overlaid
 
 
 def main() -> int:
@@ -14,16 +14,8 @@ def main() -> int:
         action="store_true",
         help="remove the cards, the data of Consul and Prometheus, and all secrets as well",
     )
-    options = parser.parse_args()
-    try:
-        check_engine()
-        Stack(overlaid("observe", "locked")).compose(
-            "down", "--remove-orphans", *(["--volumes"] if options.volumes else [])
-        )
-    except StackError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+    volumes = ["--volumes"] if parser.parse_args().volumes else []
+    return exit_code(lambda: Stack(overlaid("observe", "locked")).compose("down", "--remove-orphans", *volumes))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ __all__ = [
     "check_engine",
     "check_password",
     "compose_command",
+    "exit_code",
     "has_images",
     "image_label",
     "overlaid",
@@ -92,11 +94,20 @@ class Stack:
         """What Compose answers on standard output. Raises: StackError."""
         return _ask([*self.command, *arguments], self.environment())
 
+    def keeper(self, *job: str) -> list[str]:
+        """The command that runs a job of the keeper, for the locked deployment."""
+        return [*self.command, "run", "--rm", "--no-deps", "-T", "keeper", *job]
+
+    def pass_of(self, subject: str) -> str:
+        """A token by which the locked front door lets somebody in, for an hour. Raises: StackError."""
+        return _ask(self.keeper("pass", "--subject", subject), self.environment()).strip()
+
     def job(self, name: str, *, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None) -> None:
-        """Runs a job of the keeper, for the locked deployment; what it says is shown. Raises: StackError."""
-        command = [*self.command, "run", "--rm", "--no-deps", "-T", "keeper", name]
+        """Runs a job of the keeper; what it says is shown. Raises: StackError."""
         source: Any = subprocess.DEVNULL if stdin is None else stdin
-        done = subprocess.run(command, cwd=ROOT, env=self.environment(), stdin=source, stdout=stdout, check=False)
+        done = subprocess.run(
+            self.keeper(name), cwd=ROOT, env=self.environment(), stdin=source, stdout=stdout, check=False
+        )
         if done.returncode != 0:
             raise StackError(f"the keeper's job {name!r} failed, see above.")
 
@@ -171,6 +182,18 @@ def overlaid(*overlays: str) -> dict[str, str]:
     separator = os.environ.get("COMPOSE_PATH_SEPARATOR", os.pathsep)
     added = [str((HERE / f"docker-compose.{overlay}.yml").relative_to(ROOT)) for overlay in overlays]
     return {"COMPOSE_FILE": separator.join([*(file for file in files.split(separator) if file not in added), *added])}
+
+
+def exit_code(work: Callable[[], object], *also: type[Exception]) -> int:
+    """Of a command that does this; a StackError, or one of the others, is said in a line. Blocks."""
+    said: tuple[type[Exception], ...] = (StackError, *also)
+    try:
+        check_engine()
+        work()
+    except said as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
 
 
 def check_engine() -> None:

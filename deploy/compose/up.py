@@ -78,8 +78,7 @@ def _up(stack: Stack, options: argparse.Namespace, console: Console) -> None:
         if observe:
             start.wait_for_prometheus(addresses["Prometheus"])
         if options.locked:
-            token = stack.ask("run", "--rm", "--no-deps", "-T", "keeper", "pass", "--subject", "up").strip()
-            http.headers["Authorization"] = f"Bearer {token}"
+            http.headers["Authorization"] = f"Bearer {stack.pass_of('up')}"
         card = start.publish()
         start.call_backend(10)
     if not console.is_terminal:

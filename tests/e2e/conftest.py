@@ -5,8 +5,9 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -18,6 +19,7 @@ from tools.services import ROOT
 
 FOLDER = ROOT / ".e2e"
 PUBLISHED = ROOT / "docs" / "e2e"
+S = TypeVar("S", bound=System)
 _ROWS = pytest.StashKey[list[Row]]()
 _FAILED = pytest.StashKey[bool]()
 
@@ -53,15 +55,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Writes the table, and into the documentation when that was asked for."""
     if rows := config.stash[_ROWS]:
-        head = (
-            f"# End-to-end scenes\n\nWritten by `nox -s e2e -- --publish` on {time.strftime('%Y-%m-%d')}: "
-            f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}. Failed calls of all calls; "
-            "*twice*: POSTs that were carried out more than once, counted at the replicas and in the database."
-        )
+        head = heading("End-to-end scenes", "e2e")
         write(rows, head, FOLDER / "report.md")
         if config.getoption("--publish"):
             picture = "Consul's UI, opened by one of the scenes:\n\n![Three healthy backends](consul-ui.png)"
             write(rows, f"{head}\n\n{picture}", PUBLISHED / "README.md")
+
+
+def heading(title: str, session: str) -> str:
+    """How a page of scenes begins."""
+    return (
+        f"# {title}\n\nWritten by `nox -s {session} -- --publish` on {time.strftime('%Y-%m-%d')}: "
+        f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}. Failed calls of all calls; "
+        "*twice*: POSTs that were carried out more than once, counted at the replicas and in the database."
+    )
 
 
 @pytest.fixture(scope="session")
@@ -75,14 +82,18 @@ def folder() -> Path:
 @pytest.fixture(scope="session")
 def system(request: pytest.FixtureRequest, folder: Path) -> Iterator[System]:
     """The system, up and working; shows progress despite capture."""
+    yield from shown(request, lambda: System(choose_images(print), folder))
+
+
+def shown(request: pytest.FixtureRequest, make: Callable[[], S]) -> Iterator[S]:
+    """The system that is made, up and working; shows progress despite capture."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     try:
         check_engine()
     except StackError as error:
         pytest.exit(str(error), returncode=1)
     with capture.global_and_fixture_disabled():
-        images = choose_images(print)
-        context = running(System(images, folder))
+        context = running(make())
         entered = context.__enter__()
     try:
         yield entered

@@ -107,17 +107,15 @@ class LockedSystem(System):
 
     def job(self, name: str) -> str:
         """Runs a job of the keeper, and returns what it said."""
-        command = [*self.stack.command, "run", "--rm", "--no-deps", "-T", "keeper", name]
         done = subprocess.run(
-            command, cwd=ROOT, env=self.stack.environment(), capture_output=True, text=True, check=False
+            self.stack.keeper(name), cwd=ROOT, env=self.stack.environment(), capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stderr
 
     def pass_of(self, subject: str) -> dict[str, str]:
         """The header of somebody who calls the front door."""
-        token = self.stack.ask("run", "--rm", "--no-deps", "-T", "keeper", "pass", "--subject", subject).strip()
-        return {"Authorization": f"Bearer {token}"}
+        return {"Authorization": f"Bearer {self.stack.pass_of(subject)}"}
 
     def leader(self) -> str:
         """The server that leads."""

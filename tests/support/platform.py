@@ -1,11 +1,10 @@
 """A platform that gives its workloads identities, as Kubernetes or a cloud does: JWTs signed with ES256."""
 
-import base64
-import json
 import time
 
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, utils
+import jwt
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 __all__ = ["Platform"]
 
@@ -24,14 +23,4 @@ class Platform:
         """A JWT for this workload, valid for so long from now on."""
         now = int(time.time())
         claims = {"iss": "platform", "aud": "consul", "sub": service, "iat": now, "exp": now + seconds}
-        signed = f"{_encoded({'alg': 'ES256', 'typ': 'JWT'})}.{_encoded(claims)}"
-        r, s = utils.decode_dss_signature(self._key.sign(signed.encode(), ec.ECDSA(hashes.SHA256())))
-        return f"{signed}.{_base64(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
-
-
-def _encoded(part: dict[str, object]) -> str:
-    return _base64(json.dumps(part).encode())
-
-
-def _base64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+        return jwt.encode(claims, self._key, "ES256")

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from deploy.compose.stack import Stack, StackError, check_engine, overlaid
+from deploy.compose.stack import Stack, StackError, exit_code, overlaid
 
 
 def main() -> int:
@@ -13,14 +13,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="nox -s backup --", description=__doc__)
     parser.add_argument("file", type=Path, help="a new file; it will hold every token and every key")
     path: Path = parser.parse_args().file
-    try:
-        check_engine()
+
+    def work() -> None:
         save(Stack(overlaid("locked")), path)
-    except (StackError, FileExistsError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"{path} holds every token and every key: encrypt it, and keep it where you keep passwords.\n")
-    return 0
+        sys.stdout.write(f"{path} holds every token and every key: encrypt it, and keep it where you keep passwords.\n")
+
+    return exit_code(work, FileExistsError)
 
 
 def save(stack: Stack, path: Path) -> None:

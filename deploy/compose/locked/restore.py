@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from deploy.compose.images import choose_images
+from deploy.compose.keeper.grants import AGENT, SERVERS
 from deploy.compose.locked.roll import wait_until_healthy
-from deploy.compose.stack import Stack, StackError, check_engine, overlaid
+from deploy.compose.stack import Stack, StackError, exit_code, overlaid
 
 _RUNNING = "The system runs, and this would replace its secrets and all that Consul holds: run `nox -s down` first."
 
@@ -17,13 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="nox -s restore --", description=__doc__)
     parser.add_argument("file", type=Path, help="what `nox -s backup` wrote")
     path: Path = parser.parse_args().file
-    try:
-        check_engine()
-        restore(Stack(choose_images(print) | overlaid("locked")), path)
-    except (StackError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+    return exit_code(lambda: restore(Stack(choose_images(print) | overlaid("locked")), path), OSError)
 
 
 def restore(stack: Stack, path: Path, *options: str) -> None:
@@ -45,8 +40,9 @@ def restore(stack: Stack, path: Path, *options: str) -> None:
 
 def _remove_data(stack: Stack) -> None:
     """What servers and agent have stored: it belongs to other secrets."""
+    stored = tuple(f"{node}-data" for node in (*SERVERS, AGENT))
     for volume in stack.volumes():
-        if volume.endswith(("consul-1-data", "consul-2-data", "consul-3-data", "agent-data")):
+        if volume.endswith(stored):
             subprocess.run(["docker", "volume", "rm", volume], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from deploy.compose.stack import Stack, StackError, check_engine, overlaid
+from deploy.compose.stack import Stack, exit_code, overlaid
 
 
 def main() -> int:
@@ -11,14 +11,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="nox -s rotate --", description=__doc__)
     parser.add_argument("what", choices=["tokens", "gossip", "ca"])
     what = parser.parse_args().what
-    try:
-        check_engine()
+
+    def work() -> None:
         Stack(overlaid("locked")).job(what)
-    except StackError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write("Done: the new one is in use, and the old one is worth nothing.\n")
-    return 0
+        sys.stdout.write("Done: the new one is in use, and the old one is worth nothing.\n")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

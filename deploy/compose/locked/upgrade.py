@@ -4,18 +4,12 @@ import sys
 
 from deploy.compose.images import choose_images
 from deploy.compose.locked.roll import roll
-from deploy.compose.stack import Stack, StackError, check_engine, overlaid
+from deploy.compose.stack import Stack, exit_code, overlaid
 
 
 def main() -> int:
     """Upgrades; returns the exit code."""
-    try:
-        check_engine()
-        roll(Stack(choose_images(print) | overlaid("locked")), print)
-    except StackError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+    return exit_code(lambda: roll(Stack(choose_images(print) | overlaid("locked")), print))
 
 
 if __name__ == "__main__":

@@ -76,15 +76,10 @@ class ConsulSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, ConsulEnvironment(settings_cls, init_settings().keys())
 
-    @field_validator("host")
+    @field_validator("host", "tls_server_name")
     @classmethod
-    def _host(cls, host: str) -> str:
-        return check_address(host)
-
-    @field_validator("tls_server_name")
-    @classmethod
-    def _tls_server_name(cls, name: str | None) -> str | None:
-        return None if name is None else check_address(name)
+    def _host(cls, host: str | None) -> str | None:
+        return None if host is None else check_address(host)
 
     @field_validator("port")
     @classmethod

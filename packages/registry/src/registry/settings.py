@@ -108,7 +108,7 @@ class ServiceSettings(BaseSettings):
     def _port(cls, port: int) -> int:
         return check_port(port)
 
-    @field_validator("address")
+    @field_validator("address", "health_check_tls_server_name")
     @classmethod
     def _address(cls, address: str | None) -> str | None:
         return None if address is None else check_address(address)
@@ -133,8 +133,3 @@ class ServiceSettings(BaseSettings):
     def _health_check_headers(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
         check_headers({name: value.get_secret_value() for name, value in headers.items()})
         return headers
-
-    @field_validator("health_check_tls_server_name")
-    @classmethod
-    def _health_check_tls_server_name(cls, name: str | None) -> str | None:
-        return None if name is None else check_address(name)

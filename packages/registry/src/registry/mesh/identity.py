@@ -5,16 +5,16 @@ import logging
 import re
 import ssl
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
-from registry.backoff import Backoff
 from registry.errors import RegistryError, RegistryUnavailableError, UnsafeAgentError
 from registry.mesh.agent import AgentSource
 from registry.mesh.settings import MeshSettings
-from registry.mesh.source import IdentitySource, Leaf, Roots
+from registry.mesh.source import IdentitySource, Leaf, Roots, keep_taking
 from registry.mesh.tls import Connection, peer_uri, tls_context
 from registry.settings import ConsulSettings
 from registry.telemetry import background_context
@@ -161,19 +161,11 @@ class MeshIdentity:
         return front
 
     async def _keep(self, what: str, tell: Callable[[], AsyncGenerator[T, None]], take: Callable[[T], None]) -> None:
-        backoff, failures = Backoff(base=0.2, cap=2.0), 0
-        while True:
-            try:
-                async with aclosing(tell()) as told:
-                    async for one in told:
-                        take(one)
-                        failures = 0
-                        self._complaints.pop(what, None)
-            except Exception as error:
-                # "Whatever happens, the last ones serve on": this dies only by cancellation.
-                self._failed(what, error)
-            failures += 1
-            await asyncio.sleep(backoff.delay(failures))
+        def take_gladly(one: T) -> None:
+            take(one)
+            self._complaints.pop(what, None)
+
+        await keep_taking(tell, take_gladly, partial(self._failed, what), base=0.2)
 
     def _take_leaf(self, leaf: Leaf) -> None:
         if not (match := _SPIFFE.fullmatch(leaf.uri)) or match[3].lower() != self.service:

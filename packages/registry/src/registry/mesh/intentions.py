@@ -6,15 +6,15 @@ Source: https://developer.hashicorp.com/consul/api-docs/connect/intentions#list-
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from registry.backoff import Backoff
 from registry.consul.changes import Answer, changes
 from registry.consul.connection import AsyncConsul
 from registry.errors import RegistryError
+from registry.mesh.source import keep_taking
 from registry.settings import ConsulSettings
 from registry.telemetry import background_context
 from registry.validation import check_service
@@ -89,19 +89,9 @@ class Intentions:
         return next((rule.allows for rule in self._rules if rule.source in {name, "*"}), self._default)
 
     async def _keep(self) -> None:
-        path, backoff, failures = "/v1/connect/intentions/match", Backoff(base=0.1, cap=2.0), 0
-        params = [("by", "destination"), ("name", self.service)]
-        while True:
-            try:
-                async with aclosing(changes(self._consul, path, params, consistent=True)) as answers:
-                    async for answer in answers:
-                        self._take(answer)
-                        failures = 0
-            except Exception as error:
-                # "Whatever happens, the last ones serve on": this dies only by cancellation.
-                self._failed(error)
-            failures += 1
-            await asyncio.sleep(backoff.delay(failures))
+        path, params = "/v1/connect/intentions/match", [("by", "destination"), ("name", self.service)]
+        tell = partial(changes, self._consul, path, params, consistent=True)
+        await keep_taking(tell, self._take, self._failed, base=0.1)
 
     def _take(self, answer: Answer) -> None:
         found = {name.lower(): rules for name, rules in answer.content.items()}[self.service]

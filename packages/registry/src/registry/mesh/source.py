@@ -1,11 +1,17 @@
-"""Where a certificate comes from: the protocol, and what a source tells."""
+"""Where a certificate comes from: the protocol, what a source tells, and how that is taken."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import NoReturn, Protocol, TypeVar
 
-__all__ = ["IdentitySource", "Leaf", "Roots"]
+from registry.backoff import Backoff
+
+__all__ = ["IdentitySource", "Leaf", "Roots", "keep_taking"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +55,27 @@ class IdentitySource(Protocol):
     async def aclose(self) -> None:
         """Closes connections."""
         ...
+
+
+async def keep_taking(
+    tell: Callable[[], AsyncGenerator[T, None]],
+    take: Callable[[T], None],
+    failed: Callable[[Exception], None],
+    *,
+    base: float,
+) -> NoReturn:
+    """Takes whatever is told, and asks anew when that ends or fails, after a pause that grows from ``base`` seconds.
+
+    What was taken last serves on meanwhile: this ends only by cancellation.
+    """
+    backoff, failures = Backoff(base=base, cap=2.0), 0
+    while True:
+        try:
+            async with aclosing(tell()) as told:
+                async for one in told:
+                    take(one)
+                    failures = 0
+        except Exception as error:
+            failed(error)
+        failures += 1
+        await asyncio.sleep(backoff.delay(failures))
