@@ -30,6 +30,12 @@ from tests.support.mesh import authority_of, new_root, token_for
 OWN = "orchestrator-api"
 
 
+@pytest.fixture(scope="module", autouse=True)
+async def one_event_loop() -> AsyncIterator[None]:
+    """For all these tests: grpc tells what ended late to the loop it began on, and fails others once that is closed."""
+    yield  # noqa: PT022  # only what is left later keeps the loop
+
+
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  # what it looks at tells nobody
