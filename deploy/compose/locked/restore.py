@@ -9,6 +9,7 @@ from deploy.compose.images import choose_images
 from deploy.compose.keeper.grants import AGENT, SERVERS
 from deploy.compose.locked.roll import wait_until_healthy
 from deploy.compose.stack import Stack, StackError, exit_code, overlaid
+from registry.testing.agent import ConsulNotFoundError
 
 _RUNNING = "The system runs, and this would replace its secrets and all that Consul holds: run `nox -s down` first."
 
@@ -18,7 +19,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="nox -s restore --", description=__doc__)
     parser.add_argument("file", type=Path, help="what `nox -s backup` wrote")
     path: Path = parser.parse_args().file
-    return exit_code(lambda: restore(Stack(choose_images(print) | overlaid("locked")), path), OSError)
+
+    def work() -> None:
+        restore(Stack(choose_images(print) | overlaid("locked")), path)
+
+    return exit_code(work, OSError, ConsulNotFoundError)
 
 
 def restore(stack: Stack, path: Path, *options: str) -> None:
