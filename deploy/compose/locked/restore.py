@@ -35,12 +35,14 @@ def restore(stack: Stack, path: Path, *options: str) -> None:
         _remove_data(stack)
         stack.compose("build", "keeper")
         stack.job("restore-vault", stdin=archive)
-        stack.compose("up", "-d", *options)
+        # Nobody else yet: they would get certificates of an authority that the backup replaces.
+        stack.compose("up", "-d", "consul")
         archive.seek(0)
         stack.job("restore-consul", stdin=archive)
     # It tells the servers again what is registered with it.
     stack.compose("restart", "consul")
     wait_until_healthy(stack, "consul")
+    stack.compose("up", "-d", *options)
 
 
 def _remove_data(stack: Stack) -> None:
