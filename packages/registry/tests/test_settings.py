@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from registry import ConsulSettings, InvalidInputError, RegistryError, ServiceRegistry, ServiceSettings, environment
+from registry.mesh.settings import MeshSettings
 from registry.presence.registration import Registration
 from tests.support.server import Answer, Serve
 
@@ -432,6 +434,53 @@ def test_variables_of_a_platform_are_no_settings(
     assert (Settings().name, Settings().port) == ("cards-api", 8002)
     (record,) = caplog.records
     assert "ignoring SERVICE_PORT=tcp://10.43.0.9:80" in record.getMessage()
+
+
+DOCUMENTED = re.findall(
+    r"^\| `(\w+)` \|", (Path(__file__).parents[3] / "docs/reference/environment.md").read_text(), re.MULTILINE
+)
+"""Every variable that anything here reads."""
+
+
+def injected(service: str, port: int) -> dict[str, str]:
+    """What every container gets for a Service of this name, unless it says ``enableServiceLinks: false``.
+
+    Source: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    link = f"{service}_PORT_{port}_TCP"
+    return {
+        f"{service}_SERVICE_HOST": "10.96.4.7",
+        f"{service}_SERVICE_PORT": str(port),
+        f"{service}_SERVICE_PORT_HTTP": str(port),
+        f"{service}_PORT": f"tcp://10.96.4.7:{port}",
+        link: f"tcp://10.96.4.7:{port}",
+        f"{link}_PROTO": "tcp",
+        f"{link}_PORT": str(port),
+        f"{link}_ADDR": "10.96.4.7",
+    }
+
+
+def test_services_of_any_name_mislead_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever Kubernetes sets for Services named like the beginnings of our variables, the settings stay as they were,
+    and each variable that looked like one of ours is named in one warning."""
+
+    class Wide(Settings):
+        admin_port: int = 9000
+        database_port: int = Field(default=5432, validation_alias="DATABASE_PORT")
+
+    readers = (ConsulSettings, Wide, MeshSettings)
+    before = [each() for each in readers]
+    words = [name.split("_") for name in [*DOCUMENTED, "SERVICE_ADMIN_PORT", "DATABASE_PORT"]]
+    services = {"_".join(each[:end]) for each in words for end in range(1, len(each))}
+    assert {"CONSUL", "SERVICE", "DATABASE", "SERVICE_ADMIN"} <= services
+    for service in services:
+        for name, value in injected(service, 80).items():
+            monkeypatch.setenv(name, value)
+    assert [each() for each in readers] == before
+    ports = {"CONSUL_PORT", "SERVICE_PORT", "SERVICE_ADMIN_PORT", "DATABASE_PORT"}
+    assert sorted(record.getMessage().split("=")[0] for record in caplog.records) == [
+        f"ignoring {port}" for port in sorted(ports)
+    ]
 
 
 def test_health_check_headers_show_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:

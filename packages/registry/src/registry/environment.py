@@ -128,13 +128,26 @@ def _address(https: bool) -> dict[str, Any]:
 
 
 class ServiceEnvironment(EnvSettingsSource):
-    """The variables ``SERVICE_*``, without those that a platform sets for a Service or a link named "service"."""
+    """The variables ``SERVICE_*``, without those that a platform sets for a Service or a link named "service".
+
+    A subclass may have further ports: "SERVICE_ADMIN_PORT" is also what a Service named "service-admin" sets.
+    """
 
     def __call__(self) -> dict[str, Any]:
         found = super().__call__()
-        if isinstance(found.get("port"), str) and _is_link("SERVICE_PORT", found["port"]):
-            del found["port"]
-            # Beside it, Docker says "SERVICE_NAME=/container/service".
-            if str(found.get("name", "")).startswith("/"):
-                del found["name"]
+        links = [
+            field
+            for field, value in found.items()
+            if field.lower().endswith("port") and isinstance(value, str) and _is_link(self._variable(field), value)
+        ]
+        for field in links:
+            del found[field]
+        # Beside its port, Docker says "SERVICE_NAME=/container/service".
+        if "port" in links and str(found.get("name", "")).startswith("/"):
+            del found["name"]
         return found
+
+    def _variable(self, field: str) -> str:
+        """As the platform writes it."""
+        prefixed = f"{self.env_prefix}{field}".upper()
+        return prefixed if prefixed.lower() in self.env_vars else field.upper()
