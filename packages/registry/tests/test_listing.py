@@ -128,7 +128,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_an_answer_is_read_alike_however_it_is_cut_and_laid_out(layout: str, size: int) -> None:
     """In pieces of any size, pretty-printed as Consul does with -dev or not, with metadata that look like entries."""
     like = {"a": '},{"Node":{', "b": '{"Node": {', "c": ']\\"}]'}
-    nested = {"Proxy": {"Config": {"x": [{"Node": {}}, {"Node": {}}]}}}
+    nested: dict[str, Any] = {"Proxy": {"Config": {"x": [{"Node": {}}, {"Node": {}}]}}}
     entries = [GOOD, listed(ID="b", Meta=like), listed(ID="c", **nested), listed(ID="d", Port=0), listed(ID="e")]
     body, reader = json.dumps(entries, **LAYOUTS[layout]).encode(), Reader()
     for at in range(0, len(body), size):

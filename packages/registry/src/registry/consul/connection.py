@@ -139,22 +139,12 @@ class _SyncRequests(_Requests):
         return self.send(callback, **self.request("GET", path, params))
 
     def put(
-        self,
-        callback: Callback,
-        path: str,
-        params: Params = None,
-        data: str | bytes = "",
-        headers: Any = None,
+        self, callback: Callback, path: str, params: Params = None, data: str | bytes = "", headers: Any = None
     ) -> Any:
         return self.send(callback, **self.request("PUT", path, params, data))
 
     def delete(
-        self,
-        callback: Callback,
-        path: str,
-        params: Params = None,
-        data: str | bytes = "",
-        headers: Any = None,
+        self, callback: Callback, path: str, params: Params = None, data: str | bytes = "", headers: Any = None
     ) -> Any:
         return self.send(callback, **self.request("DELETE", path, params, data))
 
