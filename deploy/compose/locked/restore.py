@@ -9,6 +9,7 @@ from deploy.compose.images import choose_images
 from deploy.compose.keeper.grants import AGENT, SERVERS
 from deploy.compose.locked.roll import wait_until_healthy
 from deploy.compose.stack import Stack, StackError, exit_code, overlaid
+from registry.testing.agent import ConsulNotFoundError
 
 _RUNNING = "The system runs, and this would replace its secrets and all that Consul holds: run `nox -s down` first."
 
@@ -18,7 +19,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="nox -s restore --", description=__doc__)
     parser.add_argument("file", type=Path, help="what `nox -s backup` wrote")
     path: Path = parser.parse_args().file
-    return exit_code(lambda: restore(Stack(choose_images(print) | overlaid("locked")), path), OSError)
+
+    def work() -> None:
+        restore(Stack(choose_images(print) | overlaid("locked")), path)
+
+    return exit_code(work, OSError, ConsulNotFoundError)
 
 
 def restore(stack: Stack, path: Path, *options: str) -> None:
@@ -30,12 +35,14 @@ def restore(stack: Stack, path: Path, *options: str) -> None:
         _remove_data(stack)
         stack.compose("build", "keeper")
         stack.job("restore-vault", stdin=archive)
-        stack.compose("up", "-d", *options)
+        # Nobody else yet: they would get certificates of an authority that the backup replaces.
+        stack.compose("up", "-d", "consul")
         archive.seek(0)
         stack.job("restore-consul", stdin=archive)
     # It tells the servers again what is registered with it.
     stack.compose("restart", "consul")
     wait_until_healthy(stack, "consul")
+    stack.compose("up", "-d", *options)
 
 
 def _remove_data(stack: Stack) -> None:

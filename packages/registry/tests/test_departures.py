@@ -1,10 +1,10 @@
 """Who is not offered any more: an order is obeyed at once, a loss is doubted, and `explain` says which it was."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
-from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +18,8 @@ from registry import (
     ServiceNotFoundError,
 )
 from registry.consul.departures import KEEP, MAX_WITHDRAWN, Departures
-from registry.consul.health import parse_listing
+from registry.consul.health import Listing
+from registry.consul.reading import parse_listing
 from registry.consul.watch import SETTLE
 from registry.testing.fixtures import ConsulAgent
 from tests.support.server import RecordingServer, Serve
@@ -258,18 +259,17 @@ async def test_registering_anew_is_no_departure(consul_agent: ConsulAgent, servi
 # -- what is remembered ------------------------------------------------------------------------------------------------
 
 
-def listing(*numbers: int, status: str = "passing") -> Any:
+def listing(*numbers: int, status: str = "passing") -> Listing:
     """These instances, all with this status."""
-    return parse_listing(
-        [
-            {
-                "Node": {"Node": "n1", "Address": "10.0.0.1"},
-                "Service": {"ID": f"cards-{number}", "Service": "cards", "Address": "", "Port": number},
-                "Checks": [{"CheckID": "health", "Status": status}],
-            }
-            for number in numbers
-        ]
-    )
+    entries = [
+        {
+            "Node": {"Node": "n1", "Address": "10.0.0.1"},
+            "Service": {"ID": f"cards-{number}", "Service": "cards", "Address": "", "Port": number},
+            "Checks": [{"CheckID": "health", "Status": status}],
+        }
+        for number in numbers
+    ]
+    return parse_listing(json.dumps(entries).encode())
 
 
 def ids(departures: Departures) -> set[str] | None:
@@ -291,7 +291,7 @@ def test_who_was_never_offered_is_not_lost() -> None:
     departures = Departures()
     departures.update(listing(1), continuous=True)
     lost = departures.lost
-    both = parse_listing([])
+    both = listing()
     departures.update(both, continuous=True)
     assert departures.lost is lost
     departures.update(listing(2, status="critical"), continuous=True)

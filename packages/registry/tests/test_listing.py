@@ -25,7 +25,8 @@ from registry import (
     ServiceDiscoveryClient,
     ServiceRegistry,
 )
-from registry.consul.health import parse_listing
+from registry.consul.health import Listing
+from registry.consul.reading import Reader, parse_listing
 from registry.testing.fixtures import ConsulAgent
 from registry.validation import check_address
 from tests.support.server import Answer, Serve
@@ -39,6 +40,11 @@ def listed(**service: Any) -> dict[str, Any]:
         "Service": {**known, "Weights": {"Passing": 1, "Warning": 1}, **service},
         "Checks": [{"CheckID": "health", "Status": "passing"}],
     }
+
+
+def parsed(entries: object, *, mesh: bool = False) -> Listing:
+    """What is read from these as JSON."""
+    return parse_listing(json.dumps(entries, ensure_ascii=False).encode(errors="replace"), mesh=mesh)
 
 
 GOOD = listed(ID="good", Address="10.0.0.1")
@@ -61,7 +67,7 @@ UNCALLABLE = [{name: value} for name, values in ODD.items() for value in values]
 @pytest.mark.parametrize("fields", UNCALLABLE, ids=repr)
 def test_an_entry_that_can_not_be_called_hides_no_other(fields: dict[str, Any]) -> None:
     """It is left out with a reason that says what is wrong; the instance beside it is there."""
-    listing = parse_listing([listed(**fields), GOOD])
+    listing = parsed([listed(**fields), GOOD])
     assert [instance.id for instance in listing.passing] == ["good"]
     (left_out,) = listing.left_out
     assert left_out.reason.startswith(("it can't be called: ", "not an entry of Consul's: "))
@@ -78,7 +84,7 @@ GATEWAY = listed(Kind="terminating-gateway", ID="gw", Service="way-out")
 
 def test_who_speaks_consul_connect_is_known() -> None:
     """A native instance is itself; a sidecar proxy stands for its service, under which it is called and verified."""
-    listing = parse_listing([SIDECAR, NATIVE, listed(ID="3"), listed(ID="4", Connect={"Native": False})])
+    listing = parsed([SIDECAR, NATIVE, listed(ID="3"), listed(ID="4", Connect={"Native": False})])
     known = [(each.id, each.service, each.connect, each.scheme) for each in listing.passing]
     assert known == [
         ("1-sidecar-proxy", "cards", True, "https"),
@@ -90,7 +96,7 @@ def test_who_speaks_consul_connect_is_known() -> None:
 
 def test_in_the_mesh_nobody_is_called_plainly() -> None:
     """Consul lists gateways among those who speak for a service: they are left out, and so is what is not native."""
-    listing = parse_listing([SIDECAR, NATIVE, GATEWAY, listed(ID="3")], mesh=True)
+    listing = parsed([SIDECAR, NATIVE, GATEWAY, listed(ID="3")], mesh=True)
     assert [each.id for each in listing.passing] == ["1-sidecar-proxy", "2"]
     assert [(each.id, each.kind) for each in listing.left_out] == [("3", "uncallable"), ("gw", "uncallable")]
     assert "'terminating-gateway'" in listing.left_out[1].reason
@@ -99,14 +105,67 @@ def test_in_the_mesh_nobody_is_called_plainly() -> None:
 @pytest.mark.parametrize("connect", [None, True, "yes", [], {"Native": "true"}, {"Native": 1}], ids=repr)
 def test_what_does_not_plainly_say_so_is_not_of_the_mesh(connect: object) -> None:
     """Only Consul's own way of saying it counts."""
-    assert [each.connect for each in parse_listing([listed(Connect=connect)]).passing] == [False]
+    assert [each.connect for each in parsed([listed(Connect=connect)]).passing] == [False]
 
 
 @pytest.mark.parametrize("proxy", [None, 5, {}, {"DestinationServiceName": None}], ids=repr)
 def test_a_proxy_for_nobody_hides_no_other(proxy: object) -> None:
     """It is left out, and the instance beside it is there."""
-    listing = parse_listing([SIDECAR | {"Service": SIDECAR["Service"] | {"Proxy": proxy}}, GOOD], mesh=False)
+    listing = parsed([SIDECAR | {"Service": SIDECAR["Service"] | {"Proxy": proxy}}, GOOD], mesh=False)
     assert [each.id for each in listing.passing] == ["good"]
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "compact": {"separators": (",", ":")},
+    "spaced": {},
+    "pretty": {"indent": 4},
+    "sorted": {"sort_keys": True},  # begins with the checks, a list: can't be cut
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 7, 300, 10_000])
+def test_an_answer_is_read_alike_however_it_is_cut_and_laid_out(layout: str, size: int) -> None:
+    """In pieces of any size, pretty-printed as Consul does with -dev or not, with metadata that look like entries."""
+    like = {"a": '},{"Node":{', "b": '{"Node": {', "c": ']\\"}]'}
+    nested: dict[str, Any] = {"Proxy": {"Config": {"x": [{"Node": {}}, {"Node": {}}]}}}
+    entries = [GOOD, listed(ID="b", Meta=like), listed(ID="c", **nested), listed(ID="d", Port=0), listed(ID="e")]
+    body, reader = json.dumps(entries, **LAYOUTS[layout]).encode(), Reader()
+    for at in range(0, len(body), size):
+        reader.feed(body[at : at + size])
+    listing = reader.listing()
+    assert [each.id for each in listing.passing] == ["b", "c", "e", "good"]
+    assert listing.passing[0].meta == like
+    assert listing.registered == len(entries)
+
+
+@pytest.mark.parametrize("body", ["[", "[{", '[{"Node": {', "[{}", "]", "", "nope", "{}", "null", "5", '"x"', "[]]"])
+def test_what_is_no_list_is_an_error(body: str) -> None:
+    """And no empty list."""
+    with pytest.raises(TypeError, match="not a list"):
+        parse_listing(body.encode())
+
+
+def test_what_breaks_off_is_an_error() -> None:
+    """Wherever that is."""
+    body = json.dumps([GOOD, listed(ID="b")]).encode()
+    for end in range(len(body)):
+        with pytest.raises(TypeError, match="not a list"):
+            parse_listing(body[:end])
+
+
+def test_an_entry_that_says_the_same_is_not_built_again() -> None:
+    """Of an answer in which one of many has changed, all others are the objects from before."""
+    before, entries = Reader(), [listed(ID=f"i{n}", Meta={"version": "1"}) for n in range(50)]
+    before.feed(json.dumps(entries).encode())
+    known = {each.id: each for each in before.listing().passing}
+    assert len(known) == 50
+    entries[7] = listed(ID="i7", Meta={"version": "2"})
+    after = Reader(before.known)
+    after.feed(json.dumps([listed(ID="new"), *entries]).encode())
+    built = {each.id for each in after.listing().passing if known.get(each.id) is not each}
+    assert built == {"i7", "new"}
+    assert len(after.known) == 51
 
 
 NO_CHECKS: list[object] = [5, [None], [{}], ["passing"], {"a": 1}]
@@ -119,10 +178,10 @@ NO_ENTRIES: list[object] = [
 @pytest.mark.parametrize("entry", NO_ENTRIES, ids=lambda entry: json.dumps(entry)[:40])
 def test_what_is_no_entry_hides_no_other(entry: object) -> None:
     """Consul never says it; beside a real entry it is left out, and alone it makes the answer a broken one."""
-    listing = parse_listing([entry, GOOD])
+    listing = parsed([entry, GOOD])
     assert [instance.id for instance in listing.passing] == ["good"]
     with pytest.raises(TypeError, match="not Consul's entries"):
-        parse_listing([entry])
+        parsed([entry])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +206,7 @@ def test_what_is_no_entry_hides_no_other(entry: object) -> None:
 )
 def test_odd_fields_are_read_for_what_they_can_mean(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     """Brackets are taken off, what is missing has its default, and what can't be meant is left away."""
-    (instance,) = parse_listing([listed(**fields)]).passing
+    (instance,) = parsed([listed(**fields)]).passing
     assert {name: instance[name] for name in expected} == expected
 
 

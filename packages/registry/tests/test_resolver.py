@@ -340,7 +340,7 @@ async def test_a_watch_carries_no_callers_context_and_survives_everything(
         (task,) = watches()
         assert seen == ["none"]
         # Not even what no code foresees, such as a bug in the parser, ends it.
-        monkeypatch.setattr("registry.consul.watch.parse_listing", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr("registry.consul.watch.Reader", lambda *_, **__: 1 / 0)
         server.answer = lambda _: Answer(200, b"[]", {"X-Consul-Index": "1"})
         await wait_until(lambda: "ZeroDivisionError" in (resolver.view("cards").error or ""))
         assert not task.done()

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from consul.base import Response
 from consul.callback import CB
 
 from registry.consul.connection import SyncConsul, UnprovenEmptyError, consul_errors
-from registry.consul.health import health_path, parse_listing, parse_local_health, right_path, tell_left_out
+from registry.consul.health import Listing, health_path, parse_local_health, right_path, tell_left_out
+from registry.consul.reading import parse_listing
 from registry.consul.resolver import ConsulResolver
 from registry.errors import InvalidInputError, RegistryError, RegistryUnavailableError
 from registry.model import Instance, LeftOut, ServiceHealth
@@ -126,16 +128,15 @@ class ServiceRegistry:
         if tag is not None:
             params.append(("tag", check_tag(tag)))
         http = self._consul.http
-        with consul_errors(self.settings):
-            try:
-                entries = http.get(CB.json(), health_path(name), params)
-            except UnprovenEmptyError:
-                http.get(CB.json(), right_path(name))
-                if not http.get(CB.json(), "/v1/catalog/nodes"):
-                    raise
-                entries = []
         try:
-            listing = parse_listing(entries)
+            with consul_errors(self.settings):
+                try:
+                    listing: Listing = http.get(_parse, health_path(name), params)
+                except UnprovenEmptyError:
+                    http.get(CB.json(), right_path(name))
+                    if not http.get(CB.json(), "/v1/catalog/nodes"):
+                        raise
+                    listing = Listing.of(())
         except TypeError as error:
             raise RegistryUnavailableError(f"Consul at {self.settings.url} sent a broken answer: {error}") from error
         if told := tell_left_out(listing, name, self._told.pop(name, ())):
@@ -195,3 +196,8 @@ class ServiceRegistry:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _parse(response: Response) -> Listing:
+    CB.boolean()(response)  # raises what an error status means
+    return parse_listing(response.body.encode())

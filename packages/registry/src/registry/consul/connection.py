@@ -3,19 +3,28 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlencode
 
 import httpx
 from consul.base import Consul, HTTPClient, Response
-from consul.exceptions import ACLPermissionDenied
+from consul.callback import CB
+from consul.exceptions import ACLPermissionDenied, ConsulException
 
 from registry.consul.login import LOGOUT_TIMEOUT, token_source
 from registry.consul.opening import async_client, base_url, server_name, sync_client
-from registry.consul.refusals import UnprovenEmptyError, check_origin, check_rights, consul_errors, is_unknown
+from registry.consul.refusals import (
+    MOST_EMPTY,
+    UnprovenEmptyError,
+    check_origin,
+    check_rights,
+    consul_errors,
+    is_signed,
+    is_unknown,
+)
 from registry.settings import ConsulSettings
 from registry.threads import in_daemon_thread
 
@@ -25,6 +34,13 @@ Params = Sequence[tuple[str, Any]] | None
 Callback = Callable[[Response], Any]
 Request = dict[str, Any]
 T = TypeVar("T")
+
+
+class _Fed(Protocol):
+    def feed(self, piece: bytes) -> None: ...
+
+
+Sink = TypeVar("Sink", bound=_Fed)
 
 _PARKING = {"hash", "index", "wait"}
 _AGAIN = 0.2
@@ -72,7 +88,7 @@ class _Requests(HTTPClient):  # type: ignore[misc]  # py-consul has no types
 
     def answer(self, callback: Callback, answer: httpx.Response) -> Any:
         check_origin(answer)
-        check_rights(answer)
+        check_rights(answer, answer.content)
         return callback(Response(answer.status_code, answer.headers, answer.text))
 
 
@@ -123,22 +139,12 @@ class _SyncRequests(_Requests):
         return self.send(callback, **self.request("GET", path, params))
 
     def put(
-        self,
-        callback: Callback,
-        path: str,
-        params: Params = None,
-        data: str | bytes = "",
-        headers: Any = None,
+        self, callback: Callback, path: str, params: Params = None, data: str | bytes = "", headers: Any = None
     ) -> Any:
         return self.send(callback, **self.request("PUT", path, params, data))
 
     def delete(
-        self,
-        callback: Callback,
-        path: str,
-        params: Params = None,
-        data: str | bytes = "",
-        headers: Any = None,
+        self, callback: Callback, path: str, params: Params = None, data: str | bytes = "", headers: Any = None
     ) -> Any:
         return self.send(callback, **self.request("DELETE", path, params, data))
 
@@ -158,16 +164,44 @@ class _AsyncRequests(_SyncRequests):
         self.async_client = async_client(settings)
 
     async def send(self, callback: Callback, **request: Any) -> Any:
+        async def ask(request: Request) -> Any:
+            return self.answer(callback, await self.async_client.request(**request))
+
+        return await self._authorized(request, ask)
+
+    async def get_in_pieces(self, new: Callable[[], Sink], path: str, params: Params = None) -> tuple[str, Sink]:
+        """The index of an answer, and what was fed its body while that came in. A question asked again has a new one.
+
+        Raises: as other requests do; consul.ConsulException, when there is no index.
+        """
+
+        async def pieces(request: Request) -> tuple[str, Sink]:
+            sink, beginning = new(), b""
+            async with self.async_client.stream(**request) as answer:
+                if answer.is_error or not is_signed(answer):
+                    await answer.aread()
+                    self.answer(CB.json(allow_404=False), answer)
+                async for piece in answer.aiter_bytes():
+                    beginning += piece[: MOST_EMPTY - len(beginning)]
+                    sink.feed(piece)
+            check_rights(answer, beginning)
+            if "X-Consul-Index" not in answer.headers:
+                raise ConsulException("an answer without an index")
+            return answer.headers["X-Consul-Index"], sink
+
+        return await self._authorized(self.request("GET", path, params), pieces)
+
+    async def _authorized(self, request: Request, ask: Callable[[Request], Awaitable[T]]) -> T:
         token = await self.current_token()
         try:
-            return self.answer(callback, await self.async_client.request(**self.signed(request, token)))
+            return await ask(self.signed(request, token))
         except ACLPermissionDenied as denied:
             another = await self._apart(partial(self.tokens.renewed, token, unknown=is_unknown(denied)))
             if another is None:
                 raise
         if another == token:
             await asyncio.sleep(_AGAIN)
-        return self.answer(callback, await self.async_client.request(**self.signed(unparked(request), another)))
+        return await ask(self.signed(unparked(request), another))
 
     async def current_token(self) -> str | None:
         """What the next request carries; None: nothing. Raises: RegistryError."""

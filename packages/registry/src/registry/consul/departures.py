@@ -45,7 +45,7 @@ class Departures:
 
     def nodes_left(self, listing: Listing) -> set[str]:
         """On which nodes those were that this answer lists no more."""
-        return {node for key, node in self._nodes.items() if key not in listing.nodes}
+        return {self._nodes[key] for key in self._nodes.keys() - listing.nodes.keys()}
 
     def update(self, listing: Listing, *, continuous: bool, lost_nodes: Collection[str] = ()) -> None:
         """The next answer. ``continuous``: Consul has gone on since the last one, without a restart or an outage.
@@ -54,14 +54,12 @@ class Departures:
         """
         now = self._clock()
         offered = self._passing | (self.lost or frozenset())
-        for key, node in self._nodes.items():
-            if key in listing.nodes:
-                continue
-            if continuous and node not in lost_nodes:
+        for key in self._nodes.keys() - listing.nodes.keys():
+            if continuous and self._nodes[key] not in lost_nodes:
                 self._withdrawn[key] = now
             elif key in offered:  # one in maintenance stays out, whoever forgot it
                 self._forgotten[key] = now
-        self._passing = frozenset(instance.key for instance in listing.passing)
+        self._passing = listing.passing_keys
         self._nodes = listing.nodes
         self._forgotten = {
             key: since

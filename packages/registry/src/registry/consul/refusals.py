@@ -19,11 +19,25 @@ from registry.consul.tls import tls_advice
 from registry.errors import RegistryError, RegistryUnavailableError
 from registry.settings import ConsulSettings
 
-__all__ = ["DeniedError", "UnprovenEmptyError", "brief", "check_origin", "check_rights", "consul_errors", "is_unknown"]
+__all__ = [
+    "MOST_EMPTY",
+    "DeniedError",
+    "UnprovenEmptyError",
+    "brief",
+    "check_origin",
+    "check_rights",
+    "consul_errors",
+    "is_signed",
+    "is_unknown",
+]
 
 _IMPLICIT = ". The anonymous token is used implicitly"
 _EMPTY = re.compile(r"/v1/(?:health/(?:service|connect|(?P<checks>state))/.+|catalog/services)")
 """Lists that Consul empties for whom it does not trust."""
+
+
+MOST_EMPTY = 9
+"""Bytes within which an answer must end to be empty."""
 
 
 class DeniedError(ACLPermissionDenied):  # type: ignore[misc]  # py-consul has no types
@@ -58,24 +72,32 @@ def brief(text: object) -> str:
     return said if len(said) <= 300 else f"{said[:300]}…"
 
 
+def is_signed(answer: httpx.Response) -> bool:
+    """Whether this is Consul's: it signs whatever it says, but for some failures."""
+    return any(name.startswith("x-consul-") for name in answer.headers)
+
+
 def check_origin(answer: httpx.Response) -> None:
-    """Raises: ConsulException, if this is not Consul's: it signs whatever it says, but for some failures."""
+    """Raises: ConsulException, if this is not Consul's."""
     # Without that, a 404 would read as "no such service", wherever it came from.
-    if answer.status_code < 500 and not any(name.startswith("x-consul-") for name in answer.headers):
+    if answer.status_code < 500 and not is_signed(answer):
         said = " ".join(answer.text.split())[:200]
         raise ConsulException(f"{answer.status_code} {said!r}, without the headers by which Consul is known")
 
 
-def check_rights(answer: httpx.Response) -> None:
-    """Raises: DeniedError, if this answer tells that the token lacks a right, in whichever way Consul does so."""
+def check_rights(answer: httpx.Response, body: bytes) -> None:
+    """Raises: DeniedError, if this answer tells that the token lacks a right, in whichever way Consul does so.
+
+    ``body``: its first bytes will do, unless it is an error.
+    """
     request, default = answer.request, answer.headers.get("X-Consul-Default-ACL-Policy")
-    text = answer.text.strip() if answer.is_error else ""
+    text = body.decode(errors="replace").strip() if answer.is_error else ""
     # What a server told the agent over their own channel may come as a 500.
     told = answer.is_server_error and default is not None and (NOT_FOUND in text or "Permission denied" in text)
     if told or answer.status_code == httpx.codes.FORBIDDEN:
         raise DeniedError(text, request)
     empty = _EMPTY.fullmatch(request.url.path)
-    if empty and len(answer.content) < 9 and answer.text.strip() in {"[]", "{}"}:
+    if empty and len(body) < MOST_EMPTY and body.strip() in {b"[]", b"{}"}:
         # A token without rights gets an empty list and 200, just as a service without instances does.
         if answer.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true":
             raise DeniedError("an empty list, as the token may not see what there is", request)

@@ -14,7 +14,9 @@ from consul.callback import CB
 from registry.backoff import Backoff
 from registry.consul.connection import AsyncConsul, UnprovenEmptyError, consul_errors
 from registry.consul.departures import Departures
-from registry.consul.health import Listing, health_path, parse_listing, right_path, tell_left_out
+from registry.consul.entries import Known
+from registry.consul.health import Listing, health_path, right_path, tell_left_out
+from registry.consul.reading import Reader
 from registry.errors import (
     NoHealthyInstanceError,
     RegistryError,
@@ -69,6 +71,7 @@ class Watch:
         self._observers = observers or Observers()
         self._index = 0
         self._last_index = 0
+        self._known: dict[bytes, Known] = {}
         self._departures = Departures(tag)
         self._told: frozenset[LeftOut] = frozenset()
         self._failures = 0
@@ -140,15 +143,17 @@ class Watch:
         http = self._consul.http
         with consul_errors(self._consul.settings):
             try:
-                raw_index, entries = await http.get(
-                    CB.json(index=True), health_path(self._service, mesh=self._mesh), params
+                raw_index, reader = await http.get_in_pieces(
+                    lambda: Reader(self._known, mesh=self._mesh), health_path(self._service, mesh=self._mesh), params
                 )
             except UnprovenEmptyError as unproven:
                 await http.get(CB.json(), right_path(self._service))
                 if not await http.get(CB.json(), "/v1/catalog/nodes"):
                     raise
-                raw_index, entries = unproven.index, []
-        return int(raw_index), parse_listing(entries, mesh=self._mesh)
+                return int(unproven.index), Listing.of(())
+        index, listing = int(raw_index), reader.listing()
+        self._known = reader.known
+        return index, listing
 
     async def _query(self) -> None:
         index, listing = await self._ask()
