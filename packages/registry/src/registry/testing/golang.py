@@ -71,7 +71,7 @@ def build_with_go_from_index(recipe: Path, target: Path, *options: str) -> None:
 
 
 def build(go: str, recipe: Path, target: Path, environment: Mapping[str, str], *options: str) -> None:
-    """Build `target` from the Go module in the folder `recipe`: the one package that its tools.go imports.
+    """Build `target` from the Go module in the folder `recipe`: what its tools.go imports, of several what is named so.
 
     Blocks for minutes. Raises: UnavailableError, OSError.
     """
@@ -94,10 +94,11 @@ def build(go: str, recipe: Path, target: Path, environment: Mapping[str, str], *
     half_done.replace(target)
 
 
-def _package(recipe: Path) -> str:
-    found = re.search(r'^import _ "(.+)"$', (recipe / "tools.go").read_text(), re.MULTILINE)
-    assert found, f"{recipe / 'tools.go'} imports what is to be built"
-    return found[1]
+def _package(recipe: Path, name: str) -> str:
+    found: list[str] = re.findall(r'^import _ "(.+)"$', (recipe / "tools.go").read_text(), re.MULTILINE)
+    named = found if len(found) == 1 else [package for package in found if package.endswith(f"/{name}")]
+    assert len(named) == 1, f"{recipe / 'tools.go'} imports what is to be built"
+    return named[0]
 
 
 def _steps(lines: list[str]) -> str:
