@@ -45,10 +45,10 @@ state = "/run/containerd"
 def start_node(node: int, programs: Programs) -> None:
     """Returns at once; it is Ready some seconds later. What it had on its disk is there again."""
     name, folder = _name(node), _folder(node)
-    if not (folder / "containerd").exists():
-        _give_images(folder / "containerd")
     for part in ("kubelet/volumes-of-node", "cni", "log", "network"):
         (folder / part).mkdir(parents=True, exist_ok=True)
+    if not (folder / "containerd").exists():
+        _give_images(folder / "containerd")
     (folder / "containerd.toml").write_text(_CONTAINERD.format(plugins=programs.plugins, folder=folder))
     (folder / "network/10-pods.conflist").write_text(json.dumps(_network(node)))
     (folder / "kubelet.json").write_text(json.dumps(_kubelet(node)))

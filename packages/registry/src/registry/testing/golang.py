@@ -81,7 +81,7 @@ def build(go: str, recipe: Path, target: Path, environment: Mapping[str, str], *
         [
             *(go, "build", "-v", "-mod=readonly", "-trimpath", "-gcflags=all=-dwarf=false", "-ldflags=-s -w"),
             *options,
-            *("-o", str(half_done), _package(recipe)),
+            *("-o", str(half_done), _package(recipe, target.name)),
         ],
         folder=recipe,
         log=target.with_suffix(".log"),
