@@ -1,4 +1,4 @@
-"""Programs that no package here has: built from their Go modules, once for each machine and user, and kept as Consul is."""
+"""Programs that no package here has: built from their Go modules, once for each machine and user, and kept."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Three nodes with the system on them: up, asked, broken, and down again, with nothing left of them. Everything blocks."""
+"""Three nodes with the system on them: up, asked, broken, and down again with nothing left. Everything blocks."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from deploy.kubernetes.render import HERE as MANIFESTS
 from tools.kube import fabric
 from tools.kube.control import start_control_plane, stop_control_plane
 from tools.kube.images import chosen
-from tools.kube.node import kill_node, remove_node, start_node
+from tools.kube.node import kill_node, remove_node, runs, start_node
 from tools.kube.pki import PKI, make_certificates
 from tools.kube.place import FABRIC, NODES, PLACE, KubeError, inside, remove, wait_until
 from tools.kube.programs import Programs, find_programs
@@ -24,7 +24,7 @@ NAMESPACE = "registry"
 _OWN = Path(__file__).parent / "manifests"
 _OVERLAY = PLACE / "overlay"
 _VOLUMES = {"data-postgres-0": 1, "data-consul-server-0": 1, "data-consul-server-1": 2, "data-consul-server-2": 3}
-"""Claim → the node whose disk it is on. What runs the cards' only database is killed by no scene: it is on the first."""
+"""Claim → the node whose disk it is on. No scene kills the first, which has the only database."""
 _READY_SECONDS = 240.0
 
 
@@ -93,6 +93,14 @@ class Cluster:
             pod for pod in found if "deletionTimestamp" not in pod["metadata"] and pod["status"]["phase"] == "Running"
         ]
         return sorted(alive, key=lambda pod: str(pod["metadata"]["name"]))
+
+    def raw(self, path: str) -> Any:
+        """What the API server answers there. Raises: KubeError."""
+        return json.loads(self.kubectl("get", f"--raw={path}"))
+
+    def running_nodes(self) -> set[int]:
+        """The numbers of those that have not been killed."""
+        return {node for node in NODES if runs(node)}
 
     def ready_nodes(self) -> set[int]:
         """The numbers of those that say so."""

@@ -1,6 +1,6 @@
-"""The images of the nodes, as Compose's engine makes them, and those of the nodes themselves: `python -m tools.kube.images`.
+"""`python -m tools.kube.images`: the images of the system, as for Compose, and those that nodes themselves need.
 
-An engine is needed for as long as this takes only, and only when an image has changed: the nodes have containerd's store.
+Docker's engine makes them, and is not needed any more once they are in containerd's store.
 """
 
 import shutil

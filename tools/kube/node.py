@@ -15,7 +15,7 @@ from tools.kube.pki import PKI
 from tools.kube.place import PLACE, KubeError, address, end, inside, remove, running, start, wait_until
 from tools.kube.programs import Programs
 
-__all__ = ["kill_node", "remove_node", "start_node"]
+__all__ = ["kill_node", "remove_node", "runs", "start_node"]
 
 _INIT = Path(__file__).parent / "init.sh"
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -86,6 +86,11 @@ def kill_node(node: int) -> None:
     _forget(node)
 
 
+def runs(node: int) -> bool:
+    """Whether it does."""
+    return running(_name(node)) is not None
+
+
 def remove_node(node: int) -> None:
     """Ends it, if it runs, and removes its disk."""
     end(_name(node))
@@ -107,7 +112,7 @@ def _folder(node: int) -> Path:
 
 
 def _give_images(target: Path) -> None:
-    """The files of images are never written to, so all nodes share them; the databases about them are the node's own."""
+    """Files of images are never written to, so all nodes share them; the databases about them are the node's own."""
     subprocess.run(["cp", "--archive", "--link", str(SEED), str(target)], check=True)
     for database in _DATABASES:
         (target / database).unlink()
@@ -118,7 +123,7 @@ def _controllers() -> list[Path]:
     """Each hierarchy of control groups of version 1, or the only one of version 2."""
     if (_CGROUPS / "cgroup.controllers").exists():
         return [_CGROUPS]
-    return [path for path in _CGROUPS.iterdir() if (path / "cgroup.procs").exists() and path.name != "unified"]
+    return [path for path in _CGROUPS.iterdir() if (path / "cgroup.procs").exists()]
 
 
 def _make_groups(name: str) -> None:
@@ -137,19 +142,15 @@ def _make_groups(name: str) -> None:
 
 
 def _remove_groups(name: str) -> bool:
-    """Whether it could: a group whose processes are still ending can't be removed."""
-    for controller in _controllers():
-        for group in (controller / _GROUP / name, controller / _GROUP):
-            for folder, _, _ in os.walk(group, topdown=False):
-                # The common one goes with its last node.
-                with suppress(FileNotFoundError):
-                    try:
-                        Path(folder).rmdir()
-                    except OSError:
-                        if group.name == name:
-                            return False
-                if group.name == _GROUP:
-                    break
+    """Whether it could: not a group whose processes are still ending. The common one goes with the last."""
+    try:
+        for controller in _controllers():
+            for folder, _, _ in os.walk(controller / _GROUP / name, topdown=False):
+                Path(folder).rmdir()
+            with suppress(OSError):
+                (controller / _GROUP).rmdir()
+    except OSError:
+        return False
     return True
 
 

@@ -1,0 +1,105 @@
+"""Three nodes for all scenes, everything whole before each; a report of what they came to; logs where one failed."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
+
+import pytest
+
+from registry.testing.progress import UnavailableError
+from tests.k8s.report import Row, markdown
+from tests.k8s.system import System
+from tools.kube.cluster import running_cluster
+from tools.kube.place import KubeError
+from tools.services import ROOT
+
+FOLDER = ROOT / ".e2e/kubernetes"
+PUBLISHED = ROOT / "docs/e2e/kubernetes.md"
+_ROWS = pytest.StashKey[list[Row]]()
+_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The session's own option."""
+    parser.addoption("--publish", action="store_true", help="keep the report in docs/e2e")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A polite kill ends the run as Ctrl-C does: everything is removed."""
+    config.stash[_ROWS] = []
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remembers on the test whether it failed."""
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table of scenes, where everybody sees it."""
+    if rows := config.stash[_ROWS]:
+        terminalreporter.section("scenes")
+        terminalreporter.write(markdown(rows))
+        terminalreporter.write_line(f"Kept: {FOLDER}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Writes the table, and into the documentation when that was asked for."""
+    if rows := config.stash[_ROWS]:
+        page = (
+            "# Scenes on three nodes of Kubernetes\n\n"
+            f"Written by `nox -s k8s -- --publish` on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores, "
+            f"{platform.system()} {platform.machine()}. Calls by name from a pod, failed ones of all; *twice*: POSTs that are in the database more than once.\n\n{markdown(rows)}"
+        )
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        (FOLDER / "report.md").write_text(page)
+        if config.getoption("--publish"):
+            PUBLISHED.write_text(page)
+
+
+@pytest.fixture(scope="session")
+def system(request: pytest.FixtureRequest) -> Iterator[System]:
+    """The system on its nodes, up and working; shows progress despite capture."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    begun = time.monotonic()
+    try:
+        with capture.global_and_fixture_disabled():
+            context = running_cluster(lambda text: sys.stderr.write(f"{time.monotonic() - begun:6.1f} s  {text}\n"))
+            cluster = context.__enter__()
+    except (KubeError, UnavailableError) as error:
+        pytest.exit(str(error), returncode=1)
+    try:
+        yield System(cluster)
+    finally:
+        with capture.global_and_fixture_disabled():
+            context.__exit__(None, None, None)
+
+
+@pytest.fixture
+def scene(system: System, request: pytest.FixtureRequest) -> Iterator[Row]:
+    """The row of this test's scene, whose name is the test's first line; everything works when it begins."""
+    system.settle()
+    row = Row(str(request.function.__doc__).partition("\n")[0].removesuffix("."))
+    request.config.stash[_ROWS].append(row)
+    begun = time.monotonic()
+    yield row
+    row.seconds = time.monotonic() - begun
+    folder = FOLDER / request.node.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if row.load is not None:
+        failed = [asdict(call) | {"method": m} for m in ("GET", "POST") for call in row.load.failures(m)]
+        (folder / "failed.json").write_text(json.dumps(failed, indent=1))
+    if request.node.stash.get(_FAILED, False):
+        row.passed = False
+        system.cluster.keep_logs(folder)
