@@ -116,6 +116,21 @@ def e2e_locked(session: nox.Session) -> None:
 
 
 @nox.session
+def k8s(session: nox.Session) -> None:
+    """Play the scenes on three nodes of Kubernetes, which it makes; `-- up` leaves them, `-- down` removes them."""
+    install(session)
+    if session.posargs != ["down"]:
+        # The engine ends again before the nodes begin.
+        session.run("bash", "tools/docker.sh", "run", "python", "-m", "tools.kube.images", external=True)
+    if session.posargs in (["up"], ["down"]):
+        command = ["python", "-m", "tools.kube", *session.posargs]
+    else:
+        command = ["pytest", "tests/k8s", "--junitxml=.e2e/kubernetes.xml", *session.posargs]
+    # After Ctrl-C, all is removed first.
+    session.run(*command, interrupt_timeout=60.0, terminate_timeout=60.0)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the site into .site/html, strictly: every link, anchor and public name has to be there."""
     install(session)

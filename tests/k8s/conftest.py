@@ -59,7 +59,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         page = (
             "# Scenes on three nodes of Kubernetes\n\n"
             f"Written by `nox -s k8s -- --publish` on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores, "
-            f"{platform.system()} {platform.machine()}. Calls by name from a pod, failed ones of all; *twice*: POSTs that are in the database more than once.\n\n{markdown(rows)}"
+            f"{platform.system()} {platform.machine()}. Calls by name from a pod, failed ones of all; "
+            f"*twice*: POSTs that are in the database more than once.\n\n{markdown(rows)}"
         )
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / "report.md").write_text(page)

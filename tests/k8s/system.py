@@ -38,6 +38,12 @@ class System:
             str(pod["metadata"]["name"]) for pod in self.cluster.pods("consul-server") if address_of(pod) == address
         )
 
+    def led_by_other(self, server: str) -> bool:
+        """Whether a server that is not this pod leads."""
+        with suppress(KubeError, StopIteration):
+            return self.leader() != server
+        return False
+
     def instances(self, service: Service = BACKEND) -> set[str]:
         """The ids under which the pods must be registered: their own addresses, nothing else."""
         return {instance_of(pod, service) for pod in self.cluster.pods(service.name)}

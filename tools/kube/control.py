@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from tools.kube.groups import entered, make_group, remove_group
 from tools.kube.pki import PKI
 from tools.kube.place import ADDRESS, FABRIC, PLACE, KubeError, end, inside, remove, running, start, wait_until
 from tools.kube.programs import Programs
@@ -12,6 +13,7 @@ __all__ = ["start_control_plane", "stop_control_plane"]
 
 _DATA = Path("/dev/shm/registry-kube-etcd")  # noqa: S108 - a disk that others use, too, would hold every write up
 _ETCD = "http://127.0.0.1:2379"
+_GROUP = "control-plane"
 _LOST_SECONDS = 20
 """After so long without a word of its kubelet, a node counts as lost; 40 by default."""
 _READY_SECONDS = 120.0
@@ -21,6 +23,7 @@ _PARTS = ("scheduler", "controller-manager", "apiserver", "etcd")
 def start_control_plane(programs: Programs) -> None:
     """Returns when the API server answers, and the rest has been started. Raises: KubeError."""
     remove(_DATA)
+    make_group(_GROUP)
     peers = {"listen-peer-urls": "http://127.0.0.1:2380", "listen-client-urls": _ETCD, "advertise-client-urls": _ETCD}
     _start("etcd", programs.which("etcd"), {"data-dir": str(_DATA), "logger": "zap", **peers})
     _start("apiserver", programs["kube-apiserver"], _apiserver())
@@ -42,6 +45,7 @@ def stop_control_plane() -> None:
     """Ends all of it, as far as it runs; what it knew is gone."""
     for name in _PARTS:
         end(name)
+    wait_until(lambda: remove_group(_GROUP), 30.0, "no process of the control plane is left")
     remove(_DATA)
 
 
@@ -79,4 +83,5 @@ def _client(name: str) -> dict[str, str]:
 
 
 def _start(name: str, program: str, options: Mapping[str, str]) -> None:
-    start(name, inside(FABRIC, program, *(f"--{option}={value}" for option, value in options.items())))
+    command = inside(FABRIC, program, *(f"--{option}={value}" for option, value in options.items()))
+    start(name, entered(_GROUP, command))

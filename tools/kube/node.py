@@ -5,11 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tools.kube import fabric
+from tools.kube.groups import entered, group_of, make_group, remove_group
 from tools.kube.images import SEED
 from tools.kube.pki import PKI
 from tools.kube.place import PLACE, KubeError, address, end, inside, remove, running, start, wait_until
@@ -18,8 +18,6 @@ from tools.kube.programs import Programs
 __all__ = ["kill_node", "remove_node", "runs", "start_node"]
 
 _INIT = Path(__file__).parent / "init.sh"
-_CGROUPS = Path("/sys/fs/cgroup")
-_GROUP = "registry-kube"
 _DATABASES = ("io.containerd.metadata.v1.bolt/meta.db", "io.containerd.snapshotter.v1.overlayfs/metadata.db")
 _CONTAINERD = """\
 version = 2
@@ -53,13 +51,16 @@ def start_node(node: int, programs: Programs) -> None:
     (folder / "network/10-pods.conflist").write_text(json.dumps(_network(node)))
     (folder / "kubelet.json").write_text(json.dumps(_kubelet(node)))
     (folder / "proxy.json").write_text(json.dumps(_proxy(node)))
-    _make_groups(name)
+    make_group(name)
     start(
         name,
-        inside(
-            fabric.namespace(node),
-            *("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"),
-            *("bash", str(_INIT)),
+        entered(
+            name,
+            inside(
+                fabric.namespace(node),
+                *("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"),
+                *("bash", str(_INIT)),
+            ),
         ),
         {
             **programs.environment,
@@ -99,7 +100,7 @@ def remove_node(node: int) -> None:
 
 
 def _forget(node: int) -> None:
-    wait_until(lambda: _remove_groups(_name(node)), 30.0, f"no process of {_name(node)} is left")
+    wait_until(lambda: remove_group(_name(node)), 30.0, f"no process of {_name(node)} is left")
     fabric.unplug(node)
 
 
@@ -117,41 +118,6 @@ def _give_images(target: Path) -> None:
     for database in _DATABASES:
         (target / database).unlink()
         shutil.copyfile(SEED / database, target / database)
-
-
-def _controllers() -> list[Path]:
-    """Each hierarchy of control groups of version 1, or the only one of version 2."""
-    if (_CGROUPS / "cgroup.controllers").exists():
-        return [_CGROUPS]
-    return [path for path in _CGROUPS.iterdir() if (path / "cgroup.procs").exists()]
-
-
-def _make_groups(name: str) -> None:
-    for controller in _controllers():
-        parent = controller
-        for part in (_GROUP, name):
-            if (parent / "cgroup.subtree_control").exists():
-                wanted = " ".join(f"+{each}" for each in (parent / "cgroup.controllers").read_text().split())
-                (parent / "cgroup.subtree_control").write_text(wanted)
-            group = parent / part
-            group.mkdir(exist_ok=True)
-            for setting in ("cpuset.cpus", "cpuset.mems"):
-                if controller.name == "cpuset":
-                    (group / setting).write_text((parent / setting).read_text())
-            parent = group
-
-
-def _remove_groups(name: str) -> bool:
-    """Whether it could: not a group whose processes are still ending. The common one goes with the last."""
-    try:
-        for controller in _controllers():
-            for folder, _, _ in os.walk(controller / _GROUP / name, topdown=False):
-                Path(folder).rmdir()
-            with suppress(OSError):
-                (controller / _GROUP).rmdir()
-    except OSError:
-        return False
-    return True
 
 
 def _network(node: int) -> dict[str, Any]:
@@ -181,7 +147,7 @@ def _kubelet(node: int) -> dict[str, Any]:
         "clusterDomain": "cluster.local",
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": f"/{_GROUP}/{_name(node)}",
+        "cgroupRoot": group_of(_name(node)),
         "failSwapOn": False,
         "failCgroupV1": False,
         "localStorageCapacityIsolation": False,

@@ -33,6 +33,7 @@ ADDRESS = "10.214.0.1"
 """Of the control plane, in the fabric."""
 _RUN = PLACE / "run"
 _PAUSE = 0.1
+_started: dict[str, subprocess.Popen[bytes]] = {}
 
 
 class KubeError(Exception):
@@ -63,6 +64,7 @@ def start(name: str, command: Sequence[str], environment: Mapping[str, str] | No
             cwd="/",
             start_new_session=True,
         )
+    _started[name] = process
     (_RUN / name).write_text(f"{process.pid} {_born(process.pid)}")
     return process.pid
 
@@ -73,8 +75,8 @@ def running(name: str) -> int | None:
         pid, born = map(int, (_RUN / name).read_text().split())
     except FileNotFoundError:
         return None
-    with suppress(ChildProcessError):  # whoever started it must take note of its end
-        os.waitpid(pid, os.WNOHANG)
+    if name in _started:  # whoever started it must take note of its end
+        _started[name].poll()
     return pid if _born(pid) == born else None
 
 
@@ -86,6 +88,7 @@ def end(name: str) -> None:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: running(name) is None, 30.0, f"{name} ends")
     (_RUN / name).unlink(missing_ok=True)
+    _started.pop(name, None)
 
 
 def _born(pid: int) -> int:

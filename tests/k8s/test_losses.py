@@ -1,0 +1,101 @@
+"""Nodes, agents and servers of Consul are lost, under load: only POSTs under way on what was killed may fail."""
+
+import time
+
+import pytest
+
+from tests.e2e.system import wait_until
+from tests.k8s.report import Row
+from tests.k8s.system import BACKENDS, SERVERS, System, address_of
+from tests.k8s.test_pods import none_failed, only_under_way
+from tests.k8s.traffic import traffic
+
+LOST = 3
+"""The node that is killed: neither the one of the caller and the database, nor the one that is drained first."""
+
+
+def kill_node(system: System, scene: Row) -> set[str]:
+    """Kills it; returns the addresses of its pods when others have taken the place of its backends."""
+    gone = {address_of(pod) for pod in system.cluster.get("pods")["items"] if pod["spec"]["nodeName"] == f"node{LOST}"}
+    assert address_of(system.backend_on(LOST)) in gone
+    begun = time.monotonic()
+    system.cluster.kill(LOST)
+    wait_until(lambda: LOST not in system.cluster.ready_nodes(), 120.0, "the node counts as lost")
+    lost = time.monotonic() - begun
+    wait_until(lambda: len(alive(system, gone)) == BACKENDS, 150.0, f"{BACKENDS} pass elsewhere")
+    scene.seen.append(
+        f"NotReady {lost:.0f} s after its end, {BACKENDS} passing elsewhere after {time.monotonic() - begun:.0f} s"
+    )
+    return gone
+
+
+def alive(system: System, gone: set[str]) -> set[str]:
+    """The backends that pass in Consul, but for those at these addresses."""
+    return {instance for instance in system.passing() if not any(f"-{address}-" in instance for address in gone)}
+
+
+def test_a_node_is_lost(system: System, scene: Row) -> None:
+    """A node is lost: its first process is killed."""
+    with traffic(system) as load:
+        scene.load = load
+        gone = kill_node(system, scene)
+    only_under_way(load, gone)
+
+
+def test_a_node_comes_back(system: System, scene: Row) -> None:
+    """A node that was lost comes back."""
+    kill_node(system, scene)
+    scene.seen.clear()
+    with traffic(system) as load:
+        scene.load = load
+        begun = time.monotonic()
+        system.cluster.start(LOST)
+        wait_until(lambda: LOST in system.cluster.ready_nodes(), 90.0, "the node is ready")
+        scene.seen.append(f"Ready after {time.monotonic() - begun:.0f} s")
+        system.wait_for_servers()
+        system.cluster.wait_until_rolled_out()
+        system.wait_until_everyone_passes(BACKENDS)
+        scene.seen.append(f"all pods ready after {time.monotonic() - begun:.0f} s")
+        load.go_on_for(100)
+    none_failed(load)
+
+
+@pytest.mark.parametrize("node", [1, 2])
+def test_an_agent_is_lost(system: System, scene: Row, node: int) -> None:
+    """An agent of Consul is lost."""
+    scene.name += ", that of the caller" if node == 1 else ", that of a backend"
+    with traffic(system) as load:
+        scene.load = load
+        agent = next(pod for pod in system.cluster.pods("consul-agent") if pod["spec"]["nodeName"] == f"node{node}")
+        system.cluster.kubectl("delete", "pod", agent["metadata"]["name"], "--force", "--grace-period=0")
+        system.cluster.wait_until_rolled_out()
+        scene.seen.append(f"everyone passes again {system.wait_until_everyone_passes(BACKENDS):.1f} s after its return")
+        load.go_on_for(50)
+    none_failed(load)
+
+
+def test_the_leader_is_lost(system: System, scene: Row) -> None:
+    """Consul's leader is lost."""
+    with traffic(system) as load:
+        scene.load = load
+        leader = system.leader()
+        system.cluster.kubectl("delete", "pod", leader, "--force", "--grace-period=0")
+        other = wait_until(lambda: system.led_by_other(leader), 60.0, "another one leads")
+        scene.seen.append(f"another one leads after {other:.1f} s, whole {system.wait_for_servers():.0f} s later")
+        system.wait_until_everyone_passes(BACKENDS)
+    none_failed(load)
+
+
+def test_all_servers_are_lost(system: System, scene: Row) -> None:
+    """All servers of Consul are lost at once."""
+    with traffic(system) as load:
+        scene.load = load
+        servers = [str(pod["metadata"]["name"]) for pod in system.cluster.pods("consul-server")]
+        assert len(servers) == SERVERS
+        system.cluster.kubectl("delete", "pod", *servers, "--force", "--grace-period=0")
+        begun = time.monotonic()
+        system.wait_for_servers()
+        system.wait_until_everyone_passes(BACKENDS)
+        scene.seen.append(f"whole, and everyone passes, after {time.monotonic() - begun:.0f} s")
+        load.go_on_for(50)
+    none_failed(load)
