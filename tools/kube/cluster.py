@@ -18,12 +18,12 @@ from tools.kube.place import FABRIC, NODES, PLACE, KubeError, inside, remove, wa
 from tools.kube.programs import Programs, find_programs
 from tools.services import ROOT
 
-__all__ = ["NAMESPACE", "Cluster", "running_cluster"]
+__all__ = ["NAMESPACE", "VOLUMES", "Cluster", "running_cluster"]
 
 NAMESPACE = "registry"
 _OWN = Path(__file__).parent / "manifests"
 _OVERLAY = PLACE / "overlay"
-_VOLUMES = {"data-postgres-0": 1, "data-consul-server-0": 1, "data-consul-server-1": 2, "data-consul-server-2": 3}
+VOLUMES = {"data-postgres-0": 1, "data-consul-server-0": 1, "data-consul-server-1": 2, "data-consul-server-2": 3}
 """Claim → the node whose disk it is on. No scene kills the first, which has the only database."""
 _READY_SECONDS = 240.0
 
@@ -158,7 +158,7 @@ def _image(name: str, given: str) -> dict[str, str]:
 def _volumes() -> list[dict[str, Any]]:
     """Folders of the nodes, each for one claim."""
     found = []
-    for claim, node in _VOLUMES.items():
+    for claim, node in VOLUMES.items():
         folder = PLACE / f"node{node}/kubelet/volumes-of-node/{claim}"
         folder.mkdir(parents=True)
         here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [f"node{node}"]}

@@ -75,9 +75,11 @@ def running(name: str) -> int | None:
         pid, born = map(int, (_RUN / name).read_text().split())
     except FileNotFoundError:
         return None
-    if name in _started:  # whoever started it must take note of its end
-        _started[name].poll()
-    return pid if _born(pid) == born else None
+    if _born(pid) == born:
+        return pid
+    if process := _started.pop(name, None):  # whoever started it must take note of its end
+        process.wait()
+    return None
 
 
 def end(name: str) -> None:
@@ -88,7 +90,6 @@ def end(name: str) -> None:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: running(name) is None, 30.0, f"{name} ends")
     (_RUN / name).unlink(missing_ok=True)
-    _started.pop(name, None)
 
 
 def _born(pid: int) -> int:

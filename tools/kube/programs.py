@@ -13,10 +13,10 @@ from registry.testing.progress import alone, say
 from tools.built import find_built
 from tools.kube.place import KubeError
 
-__all__ = ["Programs", "find_programs"]
+__all__ = ["HERE", "KUBERNETES", "Programs", "find_programs"]
 
 HERE = Path(__file__).parent
-_KUBERNETES = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl")
+KUBERNETES = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl")
 _DEBIAN = ("etcd-server", "containernetworking-plugins", "containerd", "runc")
 _NEEDED = ("nsenter", "unshare", "ip", "iptables", "apt-get", "dpkg")
 
@@ -62,7 +62,7 @@ def find_programs() -> Programs:
     stamps = " ".join(f"-X k8s.io/{part}/version.gitVersion={version}" for part in ("component-base", "client-go/pkg"))
     # Static, as the name server is all that its image has.
     options = ("-tags=netgo,osusergo", f"-ldflags=-s -w {stamps}")
-    paths = {name: find_built(name, kubernetes, module, *options, place=place) for name in _KUBERNETES}
+    paths = {name: find_built(name, kubernetes, module, *options, place=place) for name in KUBERNETES}
     paths["coredns"] = find_built("coredns", dns, "github.com/coredns/coredns", options[0], place=place)
     return Programs(paths, _unpack(place / "debian"))
 
