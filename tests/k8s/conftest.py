@@ -21,6 +21,8 @@ from tools.services import ROOT
 
 FOLDER = ROOT / ".e2e/kubernetes"
 PUBLISHED = ROOT / "docs/e2e/kubernetes.md"
+_SLOW = 1.0
+"""Seconds: calls that took longer are kept, as those are that failed."""
 _ROWS = pytest.StashKey[list[Row]]()
 _FAILED = pytest.StashKey[bool]()
 
@@ -99,8 +101,9 @@ def scene(system: System, request: pytest.FixtureRequest) -> Iterator[Row]:
     folder = FOLDER / request.node.name
     folder.mkdir(parents=True, exist_ok=True)
     if row.load is not None:
-        failed = [asdict(call) | {"method": m} for m in ("GET", "POST") for call in row.load.failures(m)]
-        (folder / "failed.json").write_text(json.dumps(failed, indent=1))
+        calls = [asdict(call) | {"method": m} for m in ("GET", "POST") for call in row.load.report(m).outcomes]
+        odd = [call for call in calls if call["error"] or call["seconds"] > _SLOW]
+        (folder / "odd-calls.json").write_text(json.dumps(odd, indent=1))
     if request.node.stash.get(_FAILED, False):
         row.passed = False
         system.cluster.keep_logs(folder)

@@ -62,6 +62,11 @@ class System:
             lambda: f"pods: {self.instances()}, passing: {self.passing()}",
         )
 
+    def agents_are_ready(self) -> bool:
+        """Whether every node has an agent of Consul that is."""
+        status = self.cluster.get("daemonset/consul-agent")["status"]
+        return bool(status["numberReady"] == len(NODES))
+
     def wait_for_servers(self) -> float:
         """Returns when all servers of Consul are ready, with the seconds that took."""
 
