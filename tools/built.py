@@ -1,4 +1,4 @@
-"""Programs that no package here has: built from their Go modules, once for each machine and user, and kept as Consul is."""
+"""Programs that no package here has: built from their Go modules, once for each machine and user, and kept."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,8 @@ __all__ = ["find_built"]
 def find_built(name: str, recipe: Path, module: str, *options: str) -> Path:
     """The program, from the cache or built there with the Go on PATH, else with one from the Python package index.
 
-    ``recipe``: a folder that requires one version of ``module``; ``options``: of go. Blocks for minutes, with progress on
-    stderr, when it must be built. Raises: UnavailableError.
+    ``recipe``: a folder that requires one version of ``module``; ``options``: of go. Blocks for minutes, with progress
+    on stderr, when it must be built. Raises: UnavailableError.
     """
     version = pinned_version(recipe, module)
     target = cached(version, name)
