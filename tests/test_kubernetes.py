@@ -1,5 +1,6 @@
 """What the manifests for Kubernetes promise, read from what kustomize makes of them: needs no cluster."""
 
+import base64
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import yaml
 
 from deploy.kubernetes.render import HERE, OVERLAYS, render
 from registry import ConsulSettings, ServiceSettings
+from tests.pages import Block, blocks
 from tests.test_docs_tables import documented_variables
 from tools.kubernetes_schemas import SCHEMAS
 from tools.services import ROOT, SERVICES
@@ -21,6 +23,7 @@ from tools.services import ROOT, SERVICES
 pytestmark = pytest.mark.real
 NAMES = tuple(service.name for service in SERVICES)
 KNOWN: dict[str, Any] = json.loads(SCHEMAS.read_text())
+PAGE = blocks((ROOT / "docs/howto/kubernetes.md").read_text())
 SERVERS, AGENT, POSTGRES = "consul-server", "consul-agent", "postgres"
 STRANGER = {"app.kubernetes.io/name": "stranger"}
 WITHDRAWING, CLOSING = 2.0, 2.0
@@ -369,3 +372,36 @@ def test_the_password_is_in_a_file(made: Manifests) -> None:
         assert not [key for key in variables if "PASSWORD" in key and not key.endswith("_FILE")]
     assert made.variables("backend-api")["DATABASE_PASSWORD_FILE"] == "/database/password"
     assert made.variables(POSTGRES)["POSTGRES_PASSWORD_FILE"] == "/database/password"
+
+
+@pytest.mark.parametrize("block", [block for block in PAGE if block.language == "yaml"], ids=["images", "postgres"])
+def test_an_overlay_of_the_page_works(block: Block, tmp_path: Path) -> None:
+    """A reader's own overlay, beside this repository, changes what the page says, and nothing breaks."""
+    (tmp_path / "registry").symlink_to(ROOT)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / block.options.removeprefix("file=")).write_text(block.code)
+    (own / "password").write_text("secret")
+    made = Manifests(list(yaml.safe_load_all(render(own))))
+    assert [problem for each in made.objects for problem in problems(each)] == []
+    if "images" in yaml.safe_load(block.code):
+        assert {made.container(name)["image"].split("/")[0] for name in NAMES} == {"images.example.com"}
+    else:
+        assert made.of("StatefulSet").keys() == {SERVERS}
+        assert made.variables("backend-api")["DATABASE_URL"] == "postgresql://cards@postgres.example.com/cards"
+        [secret] = made.of("Secret").values()
+        assert secret["data"] == {"password": base64.b64encode(b"secret").decode()}
+        [volume] = [each["secret"] for each in made.pod("backend-api")["volumes"] if "secret" in each]
+        assert volume["secretName"] == secret["metadata"]["name"]
+        assert len(made.container("backend-api")["env"]) == len(made.variables("backend-api")), "no variable twice"
+
+
+def test_the_page_names_what_is_there(made: Manifests) -> None:
+    """Every object that a command of the page names exists, in the namespace that it names."""
+    lines = [line for block in PAGE if block.options == "cluster" for line in block.code.splitlines()]
+    assert lines
+    for line in lines:
+        assert line == "kubectl apply -k ." or line.startswith("kubectl --namespace registry ")
+        for kind, name in re.findall(r" (deployment|service|pod)/([\w-]+)", line):
+            pods = {f"{each}-0" for each in made.of("StatefulSet")}
+            assert name in {"deployment": made.of("Deployment"), "service": made.of("Service"), "pod": pods}[kind]
