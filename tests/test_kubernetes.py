@@ -62,6 +62,10 @@ class Manifests:
         assert isinstance(found, dict)
         return found
 
+    def containers(self, name: str) -> list[dict[str, Any]]:
+        """That one, and those that run before it."""
+        return [*self.pod(name).get("initContainers", []), self.container(name)]
+
     def variables(self, name: str) -> dict[str, Any]:
         """Variable → its value, or the field of the pod that it comes from."""
         return {
@@ -180,28 +184,29 @@ def test_a_service_runs_its_image_on_its_port(made: Manifests) -> None:
 def test_images_are_those_of_compose(made: Manifests) -> None:
     """Consul and Postgres have the same versions as in containers."""
     named = dict(re.findall(r"^(\w+_IMAGE)=(.*)$", (ROOT / ".env").read_text(), re.MULTILINE))
-    found = {name: made.container(name)["image"] for name in (SERVERS, AGENT, POSTGRES)}
     consul, postgres = named["CONSUL_IMAGE"], named["POSTGRES_IMAGE"]
-    assert found == {SERVERS: consul, AGENT: consul, POSTGRES: postgres}
+    for name, image in {SERVERS: consul, AGENT: consul, POSTGRES: postgres}.items():
+        assert {container["image"] for container in made.containers(name)} == {image}
 
 
 def test_a_pod_has_no_more_rights_than_it_needs(made: Manifests) -> None:
     """Every pod is non-root, on a read-only root, without capabilities or account; only agents have a node's port."""
     for name in made.workloads():
-        pod, container = made.pod(name), made.container(name)
+        pod = made.pod(name)
         context = pod["securityContext"]
         assert context["runAsNonRoot"] is True
         assert context["runAsUser"] > 0
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
+        for container in made.containers(name):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
         assert pod["automountServiceAccountToken"] is False
         assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"}
         assert not [volume for volume in pod["volumes"] if "hostPath" in volume]
-        assert any("hostPort" in port for port in container["ports"]) == (name == AGENT)
+        assert any("hostPort" in port for port in made.container(name)["ports"]) == (name == AGENT)
 
 
 def test_nothing_that_kubernetes_sets_reaches_a_pod(made: Manifests) -> None:
@@ -212,9 +217,9 @@ def test_nothing_that_kubernetes_sets_reaches_a_pod(made: Manifests) -> None:
 def test_a_pod_has_bounds(made: Manifests) -> None:
     """Every pod says what it needs, and has a limit on memory and on what it writes beside its volumes."""
     for name in made.workloads():
-        resources = made.container(name)["resources"]
-        assert resources["requests"].keys() == {"cpu", "memory"}
-        assert resources["limits"].keys() == {"memory"}, "a limit on CPU would stall what could run"
+        for resources in (container["resources"] for container in made.containers(name)):
+            assert resources["requests"].keys() == {"cpu", "memory"}
+            assert resources["limits"].keys() == {"memory"}, "a limit on CPU would stall what could run"
         assert all("sizeLimit" in each["emptyDir"] for each in made.pod(name)["volumes"] if "emptyDir" in each)
 
 
