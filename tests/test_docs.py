@@ -10,7 +10,8 @@ In a page, blocks run in order, against a Consul agent of the page's own. What a
 - ```` ```bash background ````: each line starts a server, which must answer ``/health`` and, if it registers itself,
   be passing in Consul; the servers stop when the page ends.
 - ```` ```bash containers ````: is typed by tests/e2e, for it needs the system in containers; so is ``observed``, which
-  adds Prometheus and Jaeger to it; ``locked`` is typed by tests/locked.
+  adds Prometheus and Jaeger to it; ``locked`` is typed by tests/locked. What is for a ``cluster`` is held against the
+  manifests by tests/test_kubernetes.py.
 
 Ports (8500, 800x and those of the services) are replaced by free ones, so that this runs beside a running demo;
 nothing else is. A page that types ``consul`` finds a binary, which starts an agent on the page's ports.
@@ -106,7 +107,7 @@ class Session:
                 self.unread = False
             case "bash", ("background", ""):
                 self._start_servers(code.splitlines())
-            case (("" | "ini"), _) | ("bash", ("containers" | "observed" | "locked", "")):
+            case (("" | "ini"), _) | ("bash", ("containers" | "observed" | "locked" | "cluster", "")):
                 pass
             case language, _:
                 raise AssertionError(f"{self.page}:{block.line}: nobody knows how to check {language} {block.options}")

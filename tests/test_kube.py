@@ -9,6 +9,7 @@ import pytest
 import yaml
 from cryptography import x509
 
+from registry.testing import golang
 from registry.testing.binary import pinned_version
 from tools.kube import pki, place
 from tools.kube.cluster import VOLUMES
@@ -45,10 +46,11 @@ def test_nobody_else_is_ended(run: Path) -> None:
 
 
 def test_every_program_is_in_the_recipe() -> None:
-    """Kubernetes' recipe imports each program that is built from it, and nothing else; both recipes pin one version."""
+    """Kubernetes' recipe has each program, and each is found by its name; both recipes pin one version."""
     recipe = HERE / "kubernetes"
     found = re.findall(r'^import _ "(.+)"$', (recipe / "tools.go").read_text(), re.MULTILINE)
     assert {package.rpartition("/")[2] for package in found} == set(KUBERNETES)
+    assert [golang._package(recipe, name) for name in KUBERNETES] == [f"k8s.io/kubernetes/cmd/{n}" for n in KUBERNETES]
     assert pinned_version(recipe, "k8s.io/kubernetes")
     assert pinned_version(HERE / "coredns", "github.com/coredns/coredns")
 

@@ -128,6 +128,7 @@ def test_the_new_services_pass_every_check(made: Path, consul_binary: Path) -> N
     tables = ("service_variables_are_documented", "dependencies_are_all_explained", "links_lead_somewhere")
     tests = [
         "tests/test_compose.py",
+        "tests/test_kubernetes.py",
         "tests/test_locked.py",
         *(f"tests/test_docs_tables.py::test_{name}" for name in tables),
     ]
@@ -151,6 +152,16 @@ def test_the_containers_have_the_new_service(made: Path) -> None:
     assert locked["billing"]["environment"] == locked["research"]["environment"]
     observed = yaml.safe_load((made / COMPOSE.replace(".yml", ".observe.yml")).read_text())["services"]
     assert observed["billing"] == observed["gift_cards"] == observed["research"]
+
+
+def test_kubernetes_has_the_new_service(made: Path) -> None:
+    """Its Deployment and its PodDisruptionBudget differ from those of another service in name and port only."""
+    text = (made / "deploy/kubernetes/base/services.yaml").read_text()
+    found = {(each["kind"], each["metadata"]["name"]): yaml.safe_dump(each) for each in yaml.safe_load_all(text)}
+    for kind in ("Deployment", "PodDisruptionBudget"):
+        research = found[kind, "research-api"]
+        assert found[kind, "billing-api"] == research.replace("research", "billing").replace("8001", "8004")
+        assert (kind, "gift-cards-api") in found
 
 
 def test_the_demo_has_the_new_service(made: Path, tmp_path: Path, consul_binary: Path) -> None:

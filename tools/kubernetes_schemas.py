@@ -1,6 +1,6 @@
-"""Kubernetes' own schemas of the kinds that the manifests use, without descriptions: python -m tools.kubernetes_schemas SWAGGER
+"""Kubernetes' own schemas of the kinds that the manifests use: `python -m tools.kubernetes_schemas SWAGGER`.
 
-SWAGGER is `api/openapi-spec/swagger.json` of Kubernetes' repository or of its Go module, or an API server's `/openapi/v2`.
+SWAGGER is `api/openapi-spec/swagger.json` of Kubernetes' repository or Go module, or an API server's `/openapi/v2`.
 """
 
 import json

@@ -1,6 +1,5 @@
 """What an overlay is made of, as the API server would get it: `python -m deploy.kubernetes.render plain`."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +10,17 @@ from tools.built import find_built
 __all__ = ["HERE", "OVERLAYS", "render"]
 
 HERE = Path(__file__).parent
-OVERLAYS = ("plain", "locked")
+OVERLAYS = ("plain",)
 _MODULE = "sigs.k8s.io/kustomize/kustomize/v5"
 
 
 def render(folder: Path) -> str:
-    """The YAML of all objects, by kubectl or kustomize from PATH, else by a kustomize that is built once.
+    """The YAML of all objects, as `kubectl apply -k` makes it too: by one version of kustomize, which is built once.
 
     Raises: UnavailableError, subprocess.CalledProcessError, whose ``stderr`` says what is wrong with the files.
     """
-    command = [*_kustomize(), str(folder)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _kustomize() -> list[str]:
-    if kubectl := shutil.which("kubectl"):
-        return [kubectl, "kustomize"]
-    program = shutil.which("kustomize") or find_built("kustomize", HERE / "kustomize", _MODULE)
-    return [str(program), "build"]
+    program = find_built("kustomize", HERE / "kustomize", _MODULE)
+    return subprocess.run([program, "build", folder], check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":

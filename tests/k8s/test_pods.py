@@ -62,6 +62,7 @@ def test_rollout_restart(system: System, scene: Row) -> None:
 @pytest.mark.parametrize("node", [2, 3])
 def test_drain(system: System, scene: Row, node: int) -> None:
     """kubectl drain of a node, and uncordon."""
+    scene.name = f"kubectl drain node{node}, and uncordon"
     with traffic(system) as load:
         scene.load = load
         assert system.backend_on(node)

@@ -17,6 +17,7 @@ MARKS = {
     "deploy/compose/docker-compose.locked.yml": ("locked", "locked_reader", "locked_volume"),
     "deploy/compose/keeper/grants.py": ("calls",),
     "deploy/compose/haproxy.cfg": ("edge",),
+    "deploy/kubernetes/base/services.yaml": ("kubernetes",),
     "README.md": ("readme",),
 }
 """File → its marks; the block of a mark is templates/wiring/<mark>.jinja."""
