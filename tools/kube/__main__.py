@@ -1,6 +1,7 @@
 """`nox -s k8s -- up` and `-- down`: three nodes with the system on them, which go on until they are removed."""
 
 import argparse
+import signal
 import sys
 import time
 
@@ -16,6 +17,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("command", choices=["up", "down"])
     options = parser.parse_args(arguments)
     begun = time.monotonic()
+    # Both end it as Ctrl-C does, with everything removed, even where a shell started it in the background.
+    for polite in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(polite, signal.default_int_handler)
 
     def say(text: str) -> None:
         sys.stderr.write(f"{time.monotonic() - begun:6.1f} s  {text}\n")
