@@ -31,17 +31,15 @@ class System:
             return {str(entry["Service"]["ID"]) for entry in entries}
         return set()
 
-    def leader(self) -> str:
-        """The pod of the server that leads. Raises: KubeError."""
+    def leader(self) -> dict[str, Any]:
+        """The pod of the server that leads. Raises: KubeError; StopIteration while none does."""
         address = str(self._consul("/v1/status/leader")).partition(":")[0]
-        return next(
-            str(pod["metadata"]["name"]) for pod in self.cluster.pods("consul-server") if address_of(pod) == address
-        )
+        return next(pod for pod in self.cluster.pods("consul-server") if address_of(pod) == address)
 
-    def led_by_other(self, server: str) -> bool:
-        """Whether a server that is not this pod leads."""
+    def led_again(self, address: str) -> bool:
+        """Whether a server leads that is not at this address: another one, or the same one in a new pod."""
         with suppress(KubeError, StopIteration):
-            return self.leader() != server
+            return address_of(self.leader()) != address
         return False
 
     def instances(self, service: Service = BACKEND) -> set[str]:
