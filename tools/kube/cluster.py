@@ -26,6 +26,9 @@ _OVERLAY = PLACE / "overlay"
 VOLUMES = {"data-postgres-0": 1, "data-consul-server-0": 1, "data-consul-server-1": 2, "data-consul-server-2": 3}
 """Claim → the node whose disk it is on. No scene kills the first, which has the only database."""
 _READY_SECONDS = 240.0
+_UNSYNCED = ["postgres", "-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"]
+"""What is written survives its process, as every scene asks, but waits for no slow disk: that is not their subject."""
+_POSTGRES = [{"op": "add", "path": "/spec/template/spec/containers/0/args", "value": _UNSYNCED}]
 
 
 class Cluster:
@@ -145,6 +148,7 @@ class Cluster:
             "kind": "Kustomization",
             "namespace": NAMESPACE,
             "resources": [os.path.relpath(MANIFESTS / "plain", _OVERLAY), "client.yaml"],
+            "patches": [{"target": {"kind": "StatefulSet", "name": "postgres"}, "patch": json.dumps(_POSTGRES)}],
             "images": [_image(name, given) for name, given in chosen().items()],
         }
         (_OVERLAY / "kustomization.yaml").write_text(json.dumps(overlay))
