@@ -30,6 +30,8 @@ class Instance:
     """Share of the traffic relative to the other instances; Consul's ``Weights.Passing``."""
     connect: bool = False
     """It speaks Consul Connect: mutual TLS, with the certificates of the mesh."""
+    zone: str | None = None
+    """Where it runs: what fails together. From its metadata ``zone``, else from Consul's locality. None: unknown."""
 
     @overload
     def __getitem__(self, name: Literal["port", "weight"]) -> int: ...
@@ -41,6 +43,8 @@ class Instance:
     def __getitem__(self, name: Literal["meta"]) -> Mapping[str, str]: ...
     @overload
     def __getitem__(self, name: Literal["connect"]) -> bool: ...
+    @overload
+    def __getitem__(self, name: Literal["zone"]) -> str | None: ...
     @overload
     def __getitem__(self, name: str) -> object: ...
 

@@ -6,13 +6,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal, TypeAlias
 
+from registry.background import background_context
 from registry.consul.catalog import Names, watch_names
 from registry.consul.connection import AsyncConsul
 from registry.consul.watch import Watch
 from registry.errors import RegistryUnavailableError
 from registry.model import Snapshot, View
 from registry.settings import ConsulSettings
-from registry.telemetry import Observer, Observers, background_context
+from registry.telemetry import Observer, Observers
 from registry.validation import check_known_service, check_tag
 
 Mesh: TypeAlias = Literal["false", "client", "true"]
