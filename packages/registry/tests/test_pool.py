@@ -13,8 +13,9 @@ from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, 
 from registry import Instance, NoHealthyInstanceError
 from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint
+from registry.discovery.group import LEAD
 from registry.discovery.options import EjectionPolicy
-from registry.discovery.pool import LEAD, Pool
+from registry.discovery.pool import Pool
 
 POLICY = EjectionPolicy()
 DOUBT = POLICY.doubt
@@ -642,7 +643,7 @@ class Ejection(RuleBasedStateMachine):
         for endpoint in self.pool.endpoints.values():
             assert endpoint.ejected_until <= self.clock.now + MAX_EJECTION
             assert min(endpoint.failures, endpoint.ejections, endpoint.refusals) >= 0
-            assert endpoint.turn <= self.pool._turn + LEAD + 1
+            assert endpoint.turn <= self.pool._all.turn + LEAD + 1
             assert 0 <= endpoint.latency(self.clock.now) < float("inf")
         assert self.pool.failing_fast_for <= MAX_REFUSED
 

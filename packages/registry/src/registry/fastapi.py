@@ -79,6 +79,7 @@ def lifespan(
         timeout=settings.call_timeout,
         max_retries=settings.call_retries,
         deadline=settings.call_deadline,
+        zone=settings.zone,
     )
 
     @asynccontextmanager

@@ -6,6 +6,7 @@ Nothing here blocks, locks or sends; a clock reading is the only input besides w
 import random
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
@@ -27,6 +28,8 @@ class Candidates(list[Endpoint]):
         self._cumulative = list(accumulate(weights)) if len(set(weights)) > 1 else None
         self.reason: PickReason = "only" if len(weights) == 1 else "policy"
         """Why the last pick fell on whom it did; a policy may say."""
+        self.halves: Halves | None = None
+        """By zones, where that has been asked for."""
 
     def sample(self) -> Endpoint:
         """Any of them, each with a chance in proportion to its weight."""
@@ -45,6 +48,16 @@ class Candidates(list[Endpoint]):
         if self._cumulative is not None:
             return bisect(self._cumulative, random.random() * self._cumulative[-1])
         return int(random.random() * len(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """Those of the caller's own zone, and all others."""
+
+    near: Candidates
+    far: Candidates
+    share: float
+    """The part of the calls that the own zone has instances for."""
 
 
 Pick = Callable[[Candidates, float], Endpoint]

@@ -12,16 +12,15 @@ from collections.abc import Callable, Collection, Set
 from registry.discovery.balancing import Candidates, Pick, power_of_two_choices
 from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint, LastFailure
+from registry.discovery.group import Group
 from registry.discovery.ledger import Ledger
 from registry.discovery.options import EjectionPolicy
+from registry.discovery.zones import ZoneFirst
 from registry.errors import NoHealthyInstanceError
 from registry.model import Key, Snapshot
 from registry.telemetry import AttemptOutcome, Event, EventKind, Observers, PickReason
 
 __all__ = ["Pool"]
-
-LEAD = 4.0
-"""Turns that an endpoint may be ahead or behind: caps the share that a returning endpoint may claim back."""
 
 
 class Pool:
@@ -34,6 +33,7 @@ class Pool:
         clock: Callable[[], float] = time.monotonic,
         policy: EjectionPolicy | None = None,
         observers: Observers | None = None,
+        zone: str | None = None,
     ) -> None:
         self.service = service
         self._policy = policy or EjectionPolicy()
@@ -46,12 +46,12 @@ class Pool:
         self.lost: Set[Key] | None = None
         """Which of those that left did so on nobody's order; None: nobody can tell, so all of them."""
         self.ledger = Ledger()
-        self._pick = pick
+        self.zones = None if zone is None else ZoneFirst(pick, zone)
+        self._pick, self._all = self.zones or pick, Group()
         self._clock = clock
         self._candidates = Candidates()
         self._last_resort = Candidates()
         self._live = 0
-        self._turn, self._step = 0.0, 1.0
         self._probed = self._next_probe = -math.inf
         self._open_until = self._open_for = 0.0
 
@@ -102,8 +102,7 @@ class Pool:
             if trusted is not None:
                 endpoint, reason = trusted, "trusted"
         if endpoint is not None:
-            self._turn += self._step
-            endpoint.turn = min(max(endpoint.turn, self._turn - LEAD), self._turn + LEAD) + 1 / endpoint.instance.weight
+            endpoint.turn = (endpoint.group or self._all).take_turn(endpoint.turn, endpoint.instance.weight)
             endpoint.reason = reason
             picks = endpoint.counts.picks
             picks[reason] = picks.get(reason, 0) + 1
@@ -202,7 +201,9 @@ class Pool:
             live += [endpoint for endpoint in ejected if not endpoint.refusals or not self._live]
         self._candidates = Candidates(live)
         self._last_resort = Candidates([endpoint for endpoint, _ in self.gone.values()])
-        self._step = 1 / (self._candidates.weight or self._last_resort.weight or 1)
+        self._all.step = 1 / (self._candidates.weight or self._last_resort.weight or 1)
+        if self.zones:
+            self.zones.rebuilt(self._candidates or self._last_resort)
 
     def _choose(
         self, candidates: Candidates, tried: Collection[Endpoint], now: float

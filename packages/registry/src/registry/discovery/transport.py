@@ -24,7 +24,7 @@ from registry.discovery.sender import H11Sender, HttpxSender, Sender
 from registry.discovery.upstream import Upstream
 from registry.errors import InvalidInputError, RegistryError
 from registry.telemetry import Observer, Observers
-from registry.validation import check_known_service, check_service
+from registry.validation import check_known_service, check_service, check_zone
 
 __all__ = ["DiscoveryTransport"]
 
@@ -54,12 +54,13 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         observer: Observer | None = None,
+        zone: str | None = None,
     ) -> None:
         """``deadline``: time limit in seconds for all attempts of a call together, until the response headers arrive.
 
         ``policy``: ``"p2c"``, ``"random"``, ``"round_robin"`` or a function. ``connections``: options of the built-in
         connections to instances. ``transport``: an httpx transport to use instead of those. ``observer``: is told of
-        calls, attempts, and what happens to instances (``registry.telemetry``).
+        calls, attempts, and what happens to instances (``registry.telemetry``). ``zone``: where this process runs.
         """
         self.observers = Observers(observer)
         self._resolver = resolver
@@ -67,6 +68,7 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         self._deadline = math.inf if deadline is None else deadline
         self._policy: Policy = policy
         self._ejection = ejection or EjectionPolicy()
+        self._zone = None if zone is None else check_zone(zone)
         self._upstreams: dict[tuple[str, str | None], Upstream] = {}
         self._connections, self._inner = connections or ConnectionOptions(), transport
         self._sender = self._new_sender()
@@ -207,7 +209,9 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
             check(service)
-            pool = Pool(service, named_pick(self._policy), policy=self._ejection, observers=self.observers)
+            pool = Pool(
+                service, named_pick(self._policy), policy=self._ejection, observers=self.observers, zone=self._zone
+            )
             upstream = Upstream(self._resolver, pool, tag, self._retry, self.observers)
             self._upstreams = {key: known for key, known in self._upstreams.items() if known.pool.knows_any}
             self._upstreams[service, tag] = upstream
