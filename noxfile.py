@@ -151,6 +151,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def capacity(session: nox.Session) -> None:
+    """Measure what many instances and services cost, into docs/explanation/scale.md; `-- --quick` tries it out."""
+    install(session)
+    session.run("python", "-m", "benchmarks.capacity", *session.posargs)
+
+
+@nox.session
 def up(session: nox.Session) -> None:
     """Start the system in containers; `-- --backends 5` scales it, `--observe` and `--locked` change it."""
     install(session)

@@ -11,6 +11,8 @@ from tests.e2e.system import BACKEND
 from tests.locked.system import LockedSystem
 
 _EVERY = 0.05
+_PATIENCE = 1.0
+"""Seconds; a question that hangs at a leader that is gone must not hide that the next one is answered."""
 _KINDS = {
     "reads": ("GET", f"/v1/health/service/{BACKEND.name}"),
     "stale reads": ("GET", f"/v1/health/service/{BACKEND.name}?stale"),
@@ -52,7 +54,7 @@ class Probe:
             base_url=self._system.consul,
             headers=headers,
             verify=self._system.trust,
-            timeout=10,
+            timeout=_PATIENCE,
             trust_env=False,
         ) as client:
             while not self._ended.is_set():
