@@ -1,9 +1,11 @@
 """Writes down what capacity.py has measured, and what follows from it for larger systems."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.report import table
 
 __all__ = ["Capacity", "Change", "Cpu", "Idle", "write"]
 
@@ -75,10 +77,10 @@ def write(found: Capacity, page: Path | None) -> None:
 
 
 def _sections(found: Capacity) -> Iterable[str]:
-    yield _table(["", ""], found.environment.items())
+    yield table(["", ""], found.environment.items())
     yield "One change: a check fails or succeeds, and one caller picks by the new list. CPU in ms, each time."
     head = ["instances", "answer", "server", "agent", "caller", "until it picks, ms", "caller's memory, MiB"]
-    yield _table(head, (_change(each) for each in found.changes))
+    yield table(head, (_change(each) for each in found.changes))
     yield (
         "A caller that watches so many services, of ten instances each, while nothing changes. CPU in ms per minute; "
         "what server and agent need of their own accord is in the first line."
@@ -86,7 +88,7 @@ def _sections(found: Capacity) -> Iterable[str]:
     idle = (
         [f"{each.services:,}", *_cpu(each.cpu), f"{each.cpu.caller:.1f}", f"{each.memory:.1f}"] for each in found.idle
     )
-    yield _table(["services", "server", "agent", "caller", "caller's memory, MiB"], idle)
+    yield table(["services", "server", "agent", "caller", "caller's memory, MiB"], idle)
     check, once = found.check, found.registration
     yield (
         f"A registration takes {once.server:.1f} ms of CPU on the server and {once.agent:.1f} ms on the agent, and is "
@@ -98,7 +100,7 @@ def _sections(found: Capacity) -> Iterable[str]:
     base = found.changes[0].memory
     systems = (_system(services, measured[size], base) for services, size in SYSTEMS if size in measured)
     head = ["services × instances", "callers", "answers/s", "each watcher", "a caller's core", "all watchers", "memory"]
-    yield _table(head, systems)
+    yield table(head, systems)
 
 
 def _change(each: Change) -> list[str]:
@@ -125,8 +127,3 @@ def _system(services: int, change: Change, base: float) -> list[str]:
         f"{watchers * received * 8 / 1e9:,.2f} Gbit/s",
         f"{base + WATCHED * (change.memory - base):,.0f} MiB",
     ]
-
-
-def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

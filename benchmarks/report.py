@@ -13,7 +13,7 @@ from benchmarks.overload import CALLERS, GOODPUT, IN_FLIGHT, LAG, PATIENCE
 from benchmarks.plot import plot
 from benchmarks.results import Results
 
-__all__ = ["write"]
+__all__ = ["table", "write"]
 
 FLEET = 3
 """The promises are about so many instances; or about the nearest number that was measured."""
@@ -49,7 +49,7 @@ def _page(results: Results) -> str:
         "# Benchmarks",
         "Written by `python3 -m nox -s bench`, which measures everything below anew. All samples are in "
         "[results.json](results.json).",
-        _table(["", ""], results.environment.items()),
+        table(["", ""], results.environment.items()),
         f"One client process and {min(3, max(results.sizes()))} server processes on loopback share these cores. Every "
         "call reads the status and the body of one small answer, and checks both. The clients take turns: "
         f"{results.rounds} rounds, in each of them {results.seconds:g} s per client, number of callers and number of "
@@ -59,7 +59,7 @@ def _page(results: Results) -> str:
         "address of its own; clients that know no registry are given the addresses and take turns.",
         *([BUSY] if float(results.environment["load before"]) >= 1 else []),
         "## Promises",
-        _table(["", "seen", "promised", ""], _promises(results)),
+        table(["", "seen", "promised", ""], _promises(results)),
         f"## {fleet} instances",
         "![Calls per second](throughput.svg)",
         *(_clients(results, callers, fleet) for callers in results.callers()),
@@ -76,15 +76,15 @@ def _page(results: Results) -> str:
         "show. What is compared takes turns of 50 calls; what counts is the tenth of them that others disturbed least. "
         "Without an observer, only the counting itself is measured. Spans are handed to a thread that exports them, "
         "whose work is not part of it.",
-        _table(["", "µs"], ((OVERHEADS[name], f"{micros:.1f}") for name, micros in results.overhead.items())),
+        table(["", "µs"], ((OVERHEADS[name], f"{micros:.1f}") for name, micros in results.overhead.items())),
         "## Blocking callers",
         "µs of CPU per call of `httpx.Client`, one caller, over real connections. An event loop in another thread does "
         "the work of `SyncDiscoveryTransport`; handing each call over and back is what it costs.",
-        _table(["", "µs"], ((name, f"{micros:,.0f}") for name, micros in results.blocking.items())),
+        table(["", "µs"], ((name, f"{micros:,.0f}") for name, micros in results.blocking.items())),
         "## Mutual TLS",
         "µs of CPU per call on kept connections: a FastAPI service under uvicorn, served plainly and with "
         "`CONSUL_CONNECT=true`, called by turns. The ratio is that of both sides together.",
-        _table(
+        table(
             ["", "caller, plain", "caller, mutual TLS", "service, plain", "service, mutual TLS", "ratio"],
             (
                 (
@@ -99,7 +99,7 @@ def _page(results: Results) -> str:
         "Real processes, a real Consul, four callers without a pause, at least 4,000 calls each; where it says so, "
         "a steady load instead. While all instances are gone, calls fail by design. `tests/failover` asserts the same. "
         "Received twice: calls of which instances got a first attempt and another; only those that may be repeated.",
-        _table(
+        table(
             ["scene", "calls", "failed", "received twice", "p50 ms", "p99 ms", "promised", "seen", ""],
             (
                 (
@@ -118,7 +118,7 @@ def _page(results: Results) -> str:
         "what was answered by then, as a share of the capacity. Medians over the rounds. Declined: attempts that got "
         f"503 at once and were not executed. Lag: `SERVICE_SHED_LAG={LAG['SERVICE_SHED_LAG']}`. In flight: "
         f"`SERVICE_MAX_IN_FLIGHT={IN_FLIGHT['SERVICE_MAX_IN_FLIGHT']}`, since the requests queue for the database.",
-        _table(
+        table(
             ["", "capacity, calls/s", "offered", "goodput", "p50 ms", "p99 ms", "declined", "ejections", "other calls"],
             (
                 (
@@ -211,7 +211,7 @@ def _clients(results: Results, callers: int, instances: int) -> str:
             )
         )
     head = [_several(callers, "caller"), "calls/s", "by httpx", "by aiohttp", "CPU µs", "p50 ms", "p99 ms"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _fleets(results: Results, callers: int) -> str:
@@ -228,7 +228,7 @@ def _fleets(results: Results, callers: int) -> str:
                 ),
             )
         )
-    return _table([_several(callers, "caller"), *(_several(size, "instance") for size in results.sizes())], rows)
+    return table([_several(callers, "caller"), *(_several(size, "instance") for size in results.sizes())], rows)
 
 
 def _several(count: int, thing: str) -> str:
@@ -247,6 +247,7 @@ def _mark(kept: bool) -> str:
     return "✓" if kept else "✗"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from registry.testing.cache import cache as cache_folder
+
 
 @cache
 def find_program(name: str, package: str) -> Path:
@@ -29,8 +31,7 @@ def find_promtool() -> Path:
     its package starts a server. Fails elsewhere, and says what to install."""
     if found := _look("promtool"):
         return found
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(root, "registry-testing", "prometheus-debian", "promtool")
+    target = cache_folder() / "prometheus-debian" / "promtool"
     if not target.exists() and shutil.which("apt-get") and shutil.which("dpkg-deb"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:

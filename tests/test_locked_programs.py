@@ -98,7 +98,8 @@ def test_a_running_system_is_not_restored(tmp_path: Path) -> None:
     stopped = Notes(state="exited")
     restore(stopped, file)
     assert stopped.done == [
-        *("down --remove-orphans", "build keeper", "job restore-vault", "up -d", "job restore-consul", "restart consul")
+        *("down --remove-orphans", "build keeper", "job restore-vault"),
+        *("up -d consul", "job restore-consul", "restart consul", "up -d"),
     ]
 
 

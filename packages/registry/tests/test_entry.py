@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 from unittest.mock import AsyncMock
 
 import httpx
@@ -219,9 +220,9 @@ async def test_presence_behind_a_load_balancer(
     """One instance is one entry however often its connection is cut and led elsewhere; withdrawn, it is nowhere."""
     one, two = cluster
     balanced = balancer(one, two)
-    async with present(service_name, balanced.settings, monkeypatch):
-        await until(lambda: listed(one, service_name))
-        (node,) = listed(one, service_name)
+    async with present(service_name, balanced.settings, monkeypatch) as registrar:
+        await until(lambda: registrar._entry._nodes)
+        (node,) = registrar._entry._nodes
         for _ in range(4):
             before = balanced.accepted
             await until(lambda: balanced.open)
@@ -232,6 +233,29 @@ async def test_presence_behind_a_load_balancer(
     assert not held(one, service_name)
     assert not held(two, service_name)
     assert not [record for record in caplog.records if "in doubt" in record.getMessage()]
+
+
+async def test_a_cut_after_the_write_is_no_failed_registration(
+    cluster: tuple[Member, Member], service_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after it is bookkeeping: another attempt might write the instance at another agent, too."""
+    one, two = cluster
+    consul = AsyncConsul(ConsulSettings(host="127.0.0.1", port=two.http_port))
+    get, registration = consul.http.get, Registration(name=service_name, address="10.0.0.1", port=80)
+
+    async def cut_once_written(*args: Any, **options: Any) -> Any:
+        if held(two, service_name):
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+        return await get(*args, **options)
+
+    monkeypatch.setattr(consul.http, "get", cut_once_written)
+    entry = Entry(consul)
+    await entry.write(registration)
+    assert listed(two, service_name) == ["node-b"]
+    await entry.remove(registration.id)
+    assert not held(two, service_name)
+    assert not listed(one, service_name)
+    await consul.http.close()
 
 
 async def test_what_a_killed_process_left_at_another_agent_is_replaced(

@@ -82,9 +82,9 @@ class Entry:
                 # But an instance that somebody put into maintenance stays there.
                 await self._consul.agent.service.deregister(registration.id)
             await self._put(registration)
+        with suppress(RegistryUnavailableError), consul_errors(self._settings):  # Cut, it is registered all the same.
             node = await self._consul.http.get(_parse_own_node, _health_path(registration.id))
-        if node is not None:
-            self._nodes.add(node)
+            self._nodes |= {node} - {None}
 
     async def is_outdated(self) -> bool:
         """Whether the token is another one by now than the agent has for the instance; False if that can't be told."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from registry.testing.archive import download
+from registry.testing.cache import cache
 from registry.testing.golang import build_with_go_from_index, build_with_installed_go
 from registry.testing.progress import UnavailableError, alone, say
 
@@ -67,8 +68,7 @@ def pinned_version(recipe: Path = RECIPE, module: str = "github.com/hashicorp/co
 
 def cached(version: str, name: str = "consul") -> Path:
     """Where the cache has the binary of this version, if it has it."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "registry-testing", f"{name}-{version}", name)
+    return cache() / f"{name}-{version}" / name
 
 
 def _get(target: Path) -> None:

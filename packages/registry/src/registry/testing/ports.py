@@ -5,8 +5,8 @@ import functools
 import os
 import random
 import socket
-import tempfile
-from pathlib import Path
+
+from registry.testing.cache import cache
 
 __all__ = ["free_ports", "is_free"]
 
@@ -43,14 +43,18 @@ def is_free(port: int, kind: socket.SocketKind) -> bool:
 def _reserve(port: int) -> bool:
     """Whether no other process has this port; then none gets it until this one ends, and the system unlocks it."""
     try:
-        fcntl.lockf(_reservations(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+        if (reservations := _reservations()) is not None:
+            fcntl.lockf(reservations, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
     except OSError:
         return False
     return True
 
 
 @functools.cache
-def _reservations() -> int:
-    """A file of this user, of which a process locks the byte at each port's number."""
-    path = Path(tempfile.gettempdir(), f"registry-testing-ports-{os.getuid()}")
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def _reservations() -> int | None:
+    """A file in the cache, of which a process locks the byte at each port's number; None: it can't be written."""
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        return os.open(cache() / "ports", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
