@@ -634,7 +634,7 @@ class Ejection(RuleBasedStateMachine):
         live = {endpoint for endpoint in listed if not endpoint.ejected_until}
         assert live <= set(self.pool._candidates) <= set(listed)
         assert bool(self.pool._candidates) is bool(listed)
-        assert [endpoint.instance for endpoint in listed] == list(self.pool.snapshot)
+        assert {endpoint.instance for endpoint in listed} == set(self.pool.snapshot)
         assert not self.pool.gone.keys() & self.pool.endpoints.keys()
         assert {endpoint for endpoint, _ in self.pool.gone.values()} == set(self.pool._last_resort)
 
