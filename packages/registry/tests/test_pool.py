@@ -1,6 +1,7 @@
 """Ejection rule by rule, the circuit breaker that it carries, and what is left when the registry knows nobody."""
 
 import gc
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from registry.discovery.endpoint import Endpoint
 from registry.discovery.group import LEAD
 from registry.discovery.options import EjectionPolicy
 from registry.discovery.pool import Pool
+from registry.discovery.roster import Roster
 
 POLICY = EjectionPolicy()
 DOUBT = POLICY.doubt
@@ -523,7 +525,7 @@ def known_endpoints() -> int:
 def test_memory_is_bounded_over_many_changes() -> None:
     """A thousand changes that replace every instance within a minute: no more is remembered than was meant to be."""
     policy = EjectionPolicy(remember_at_most=500)
-    before, pool = known_endpoints(), Pool("cards", clock=Clock(), policy=policy)
+    before, pool = known_endpoints(), Pool("cards", clock=Clock(), roster=Roster(policy))
     for change in range(1_000):
         pool.update(tuple(Instance(f"i{change}-{n}", "cards", "10.0.0.1", 1 + n) for n in range(50)))
         endpoint = pool.pick((), safe=True)
@@ -556,11 +558,13 @@ class Ejection(RuleBasedStateMachine):
     """Calls, outcomes, changes of the list and time, in any order."""
 
     attempts: Bundle[Attempt] = Bundle("attempts")
+    size = math.inf
+    """How many the caller knows of those that are listed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.pool = Pool("cards", clock=self.clock)
+        self.pool = Pool("cards", clock=self.clock, roster=Roster(size=self.size))
         self.under_way: dict[Endpoint, int] = {}
         self.next_key = 0
 
@@ -580,15 +584,20 @@ class Ejection(RuleBasedStateMachine):
         endpoint = pool.pick(tried, safe=safe)
         if endpoint is None:
             # Somebody is always asked, unless the breaker says until when nobody is.
-            assert set(live) <= set(tried)
+            asked = {endpoint.instance.key for endpoint in tried}
+            assert {each.instance.key for each in live} <= asked
+            assert not live or {each.key for each in pool.snapshot} <= asked | {each.instance.key for each in listed}
             assert tried or not listed or 0 < pool.failing_fast_for <= MAX_REFUSED
             return multiple()
         assert endpoint not in tried
         if endpoint in listed and endpoint.ejected_until and live and endpoint not in due:
             # Ejected and asked while others stand: only when they are too few, and never one that refuses.
-            assert 2 * len(live) < len(listed)
+            assert 2 * len(live) < min(len(listed), self.size)
             assert not endpoint.refusals
-        if endpoint not in listed:
+        if endpoint.instance in pool.snapshot and endpoint not in listed:
+            assert set(live) <= set(tried)
+            assert len(pool.snapshot) > self.size
+        elif endpoint not in listed:
             assert not live
             assert endpoint in [gone for gone, _ in pool.gone.values()]
         self.next_key += 1
@@ -634,7 +643,9 @@ class Ejection(RuleBasedStateMachine):
         live = {endpoint for endpoint in listed if not endpoint.ejected_until}
         assert live <= set(self.pool._candidates) <= set(listed)
         assert bool(self.pool._candidates) is bool(listed)
-        assert {endpoint.instance for endpoint in listed} == set(self.pool.snapshot)
+        assert {endpoint.instance for endpoint in listed} <= set(self.pool.snapshot)
+        # Those outside are for when one of them is ejected.
+        assert len(live) == min(self.size, len(live) + len(self.pool.snapshot) - len(listed))
         assert not self.pool.gone.keys() & self.pool.endpoints.keys()
         assert {endpoint for endpoint, _ in self.pool.gone.values()} == set(self.pool._last_resort)
 
@@ -656,4 +667,11 @@ class Ejection(RuleBasedStateMachine):
         assert not any(endpoint.ejected_until for endpoint in self.pool.endpoints.values())
 
 
+class EjectionAmongFew(Ejection):
+    """The same for a caller that knows two of up to six."""
+
+    size = 2
+
+
 TestEjection = pytest.mark.real(Ejection.TestCase)
+TestEjectionAmongFew = pytest.mark.real(EjectionAmongFew.TestCase)

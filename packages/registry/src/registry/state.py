@@ -65,6 +65,7 @@ def _upstream(explained: Explanation) -> dict[str, Any]:
         "budget": {"left": explained.budget_left, "exhausted": explained.budget_exhausted},
         "view": _view(explained.view),
         "endpoints": [_endpoint(each) for each in explained.endpoints],
+        "outside": len(explained.outside),
     }
 
 

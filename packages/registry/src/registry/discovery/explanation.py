@@ -87,6 +87,11 @@ class Explanation:
     """How many retries there was no budget for."""
     departed: Mapping[str, Mapping[AttemptOutcome, int]]
     """How attempts ended at those who are not among the endpoints any more, but were a minute ago, by their ids."""
+    outside: tuple[str, ...] = ()
+    """Ids of those that are listed too, and not called while enough of the ``endpoints`` work, in order.
+
+    A caller knows ``ConnectionOptions.max_instances``, and one more for each of them that is ejected.
+    """
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:

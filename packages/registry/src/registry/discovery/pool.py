@@ -14,7 +14,6 @@ from registry.discovery.blame import Failure
 from registry.discovery.breaker import Breaker
 from registry.discovery.endpoint import Endpoint, LastFailure
 from registry.discovery.group import Group
-from registry.discovery.options import EjectionPolicy
 from registry.discovery.ranking import Change
 from registry.discovery.roster import Roster
 from registry.discovery.zones import ZoneFirst
@@ -33,13 +32,12 @@ class Pool:
         service: str,
         pick: Pick = power_of_two_choices,
         clock: Callable[[], float] = time.monotonic,
-        policy: EjectionPolicy | None = None,
         observers: Observers | None = None,
         zone: str | None = None,
         roster: Roster | None = None,
     ) -> None:
         self.service = service
-        self.roster = roster or Roster(policy or EjectionPolicy())
+        self.roster = roster or Roster()
         self._policy = self.roster.policy
         self._observers = observers or Observers()
         self.endpoints, self.gone, self.ledger = self.roster.endpoints, self.roster.gone, self.roster.ledger

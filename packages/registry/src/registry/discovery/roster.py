@@ -23,15 +23,17 @@ COMPARED = 100
 class Roster:
     """Makes endpoints of instances, and forgets them. Each change costs what changed, whatever else is listed."""
 
-    def __init__(self, policy: EjectionPolicy, size: float = math.inf, chance: random.Random | None = None) -> None:
+    def __init__(
+        self, policy: EjectionPolicy | None = None, size: float = math.inf, chance: random.Random | None = None
+    ) -> None:
         self.size = size
         """How many are known while all of them work; one more for each that is ejected."""
         self.ranking = Ranking(chance)
         self.endpoints: dict[Key, Endpoint] = {}
         """Those that are listed and known."""
-        self.gone = Gone(policy)
+        self.policy = policy or EjectionPolicy()
+        self.gone = Gone(self.policy)
         self.ledger = Ledger()
-        self.policy = policy
 
     def update(
         self, snapshot: Snapshot, lost: Set[Key] | None, now: float

@@ -20,6 +20,7 @@ from registry.discovery.peers import Peers
 from registry.discovery.pool import Pool
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
+from registry.discovery.roster import Roster
 from registry.discovery.sender import H11Sender, HttpxSender, Sender
 from registry.discovery.upstream import Upstream
 from registry.errors import InvalidInputError, RegistryError
@@ -209,9 +210,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
             check(service)
-            pool = Pool(
-                service, named_pick(self._policy), policy=self._ejection, observers=self.observers, zone=self._zone
-            )
+            roster = Roster(self._ejection, self._connections.max_instances)
+            pool = Pool(service, named_pick(self._policy), time.monotonic, self.observers, self._zone, roster)
             upstream = Upstream(self._resolver, pool, tag, self._retry, self.observers)
             self._upstreams = {key: known for key, known in self._upstreams.items() if known.pool.knows_any}
             self._upstreams[service, tag] = upstream

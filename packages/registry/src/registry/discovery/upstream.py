@@ -140,4 +140,5 @@ class Upstream:
             budget_left=self.budget.left(),
             budget_exhausted=self.budget.exhausted,
             departed=pool.ledger.departed,
+            outside=tuple(sorted([instance.id for instance in pool.roster.ranking.outside()])),
         )
