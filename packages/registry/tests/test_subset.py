@@ -134,14 +134,14 @@ class Small:
             if endpoint.instance.id == id_:
                 self.pool.failed(endpoint, NOT_SENT, 0.0)
 
-    def call(self, alive: set[str]) -> str | None:
+    def call(self, alive: set[str], failure: Failure = NOT_SENT) -> str | None:
         """Who answers a call that asks one after the other; None: nobody was left to ask."""
         tried: list[Endpoint] = []
         while (endpoint := self.pool.pick(tried, safe=True)) is not None:
             if endpoint.instance.id in alive:
                 self.pool.succeeded(endpoint, 0.001)
                 return endpoint.instance.id
-            self.pool.failed(endpoint, NOT_SENT, 0.0)
+            self.pool.failed(endpoint, failure, 0.0)
             tried.append(endpoint)
         return None
 
@@ -174,11 +174,12 @@ def test_one_that_leaves_is_replaced_at_once() -> None:
 
 @pytest.mark.parametrize("known", [1, 2, 3])
 @pytest.mark.parametrize("alive", ["i0000", "i0005", "i0009"])
-def test_nobody_fails_while_somebody_is_alive(known: int, alive: str) -> None:
-    """However few are known: a call that finds all of them dead goes on to the others, and so does the next one."""
+@pytest.mark.parametrize("failure", [NOT_SENT, Failure.SENT], ids=["dead", "broken"])
+def test_nobody_fails_while_somebody_is_alive(known: int, alive: str, failure: Failure) -> None:
+    """However few are known: a call that finds all of them broken goes on to the others, and so does the next one."""
     small = Small(known)
     for _ in range(50):
-        assert small.call({alive}) == alive
+        assert small.call({alive}, failure) == alive
         small.now += 0.01
 
 

@@ -153,6 +153,7 @@ class Watch:
                 return int(unproven.index), Listing.of(())
         index, listing = int(raw_index), reader.listing()
         self._known = reader.known
+        await asyncio.sleep(0)  # that took milliseconds if instances are many, and so does what follows
         return index, listing
 
     async def _query(self) -> None:
