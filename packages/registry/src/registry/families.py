@@ -74,7 +74,7 @@ FAMILIES = (
         "registry_endpoints",
         "gauge",
         ("service", "state"),
-        "Instances: live, ejected, or gone: no longer listed, asked when nobody else is left",
+        "Instances that the process knows: live, ejected, or gone: no longer listed, asked when nobody else is left",
     ),
     Family(
         "registry_endpoints_omitted",
