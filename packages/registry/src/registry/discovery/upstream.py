@@ -140,5 +140,6 @@ class Upstream:
             hedges=dict(self.hedges),
             budget_left=self.budget.left(),
             budget_exhausted=self.budget.exhausted,
+            zones=pool.zones.state(now) if pool.zones else None,
             departed=pool.ledger.departed,
         )
