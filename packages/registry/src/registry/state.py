@@ -72,6 +72,7 @@ def _upstream(explained: Explanation) -> dict[str, Any]:
 def _view(view: View) -> dict[str, Any]:
     return {
         "source": view.source,
+        "datacenter": view.datacenter,
         "age": view.age,
         "changed": view.changed,
         "registered": view.registered,

@@ -96,7 +96,7 @@ class Upstream:
 
     def _nobody(self) -> None:
         """Nobody is listed, but those who are lost may still answer."""
-        if self.pool.snapshot or self._view().lost is not self.pool.lost:
+        if self.pool.snapshot or self._view().lost != self.pool.lost:
             self._update(())
 
     def _update(self, snapshot: Snapshot) -> None:
