@@ -52,7 +52,7 @@ def draw(services: Mapping[str, Sequence[Seen]], using: Sequence[Use]) -> Drawin
 
 
 def _instances(service: str, instances: Sequence[Seen]) -> list[tuple[str, str, Cell]]:
-    found = [(seen.key, seen.id, condition(seen)) for seen in instances]
+    found = [(seen.key, f"{seen.zone}: {seen.id}" if seen.zone else seen.id, condition(seen)) for seen in instances]
     if len(found) <= MOST:
         return found or [(f"{service} nobody", "nobody", Cell(text="", tone="gone"))]
     # Those with something to tell come first.
