@@ -81,7 +81,7 @@ def _heading(lane: str) -> Shape:
 def _box(lane: str, key: str, label: str, middle: float, cell: Cell) -> list[Shape]:
     x, width = LANES[lane]
     frame = {"x": f"{x}", "y": f"{middle - HEIGHT / 2:.1f}", "width": f"{width}", "height": f"{HEIGHT}", "rx": "4"}
-    text = shorten(label, round(width / 6.6))
+    text = shorten(label, round((width - 16) / 6.6))
     mark = {"ejected": "✕ ", "gone": "– ", "doubtful": "? "}.get(cell.tone, "")
     place = {"x": f"{x + 8}", "y": f"{middle + 4:.1f}"}
     return [
