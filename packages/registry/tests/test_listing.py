@@ -385,7 +385,7 @@ def test_any_entry_that_consul_accepts_costs_a_call_one_attempt_at_most(
 
     async def call(name: str) -> int:
         resolver = ConsulResolver(ConsulSettings.model_validate({"host": "127.0.0.1", "port": consul_agent.http_port}))
-        async with ServiceDiscoveryClient(resolver, timeout=0.3, max_retries=2, retry_delay=0.01) as client:
+        async with ServiceDiscoveryClient(resolver, timeout=1, max_retries=2, retry_delay=0.01) as client:
             for _ in range(calls):
                 assert (await client.get(name, "/")).status_code == 200
             return sum(each.picks for each in client.explain(name).endpoints if each.id != f"{name}-good")

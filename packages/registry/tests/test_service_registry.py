@@ -1,6 +1,7 @@
 """The synchronous control plane against a real agent: register, deregister, discover, URL and health."""
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -377,45 +378,51 @@ def test_out_of_discovery_on_exactly_the_third_failure(
     register: Callable[..., str], service_registry: ServiceRegistry, serve: Serve, service_name: str
 ) -> None:
     """Two failing checks change nothing, the third takes the instance out of discovery, and one good one back in."""
-    healthy = True
-    server = serve(lambda _: Answer(200 if healthy else 503))
+    plan, third, fifth = [200, 503, 503, 503], threading.Event(), threading.Event()
+
+    def answer(_: Request) -> Answer:
+        arrived = len(server.requests)
+        if arrived == len(plan):
+            assert third.wait(10)
+        elif arrived > len(plan):
+            assert fifth.wait(20)
+            return Answer([200, 503, 503][(arrived - len(plan) - 1) % 3])  # Never more than one good one in a row.
+        return Answer(plan[arrived - 1])
+
+    server = serve(answer)
     service_id = register(address="127.0.0.1", port=server.port, health_check_interval="1s")
 
     def found() -> bool:
         return bool(service_registry.discover_service(service_name))
 
     wait_until(found)
-    healthy, good = False, len(server.requests)
-    while len(server.requests) < good + 3:
-        # Asked before counting: as long as the third check has not arrived, the instance must be found.
-        still_found = found()
-        if len(server.requests) < good + 3:
-            assert still_found
-        time.sleep(0.02)
-    wait_until(lambda: not found(), seconds=0.9)
-    assert len(server.requests) == good + 3
+    while len(server.requests) < len(plan):
+        assert found()
+        time.sleep(0.05)
+    assert found()
+    third.set()
+    wait_until(lambda: not found(), seconds=5)  # Before Consul gives up the next check, which is held.
     health = service_registry.get_service_health(service_id)
     assert health is not None
     assert health.status == "critical"
     assert [i.id for i in service_registry.discover_service(service_name, passing=False)] == [service_id]
-    healthy = True
+    fifth.set()
     wait_until(found)
-    assert len(server.requests) == good + 4
 
 
 def test_a_failure_in_between_does_not_count_on(
     register: Callable[..., str], service_registry: ServiceRegistry, serve: Serve, service_name: str
 ) -> None:
     """Only failures in a row count: two failures, one success and two failures leave the instance discovered."""
-    plan = [200, 503, 503, 200, 503, 503]
+    plan = [200, 503, 503]
 
     def answer(_: Request) -> Answer:
-        return Answer(plan[min(len(server.requests), len(plan)) - 1])
+        return Answer(plan[(len(server.requests) - 1) % len(plan)])
 
     server = serve(answer)
     register(address="127.0.0.1", port=server.port, health_check_interval="1s")
     wait_until(lambda: bool(service_registry.discover_service(service_name)))
-    while len(server.requests) < len(plan):
+    while len(server.requests) < 2 * len(plan):
         assert service_registry.discover_service(service_name)
         time.sleep(0.05)
     assert service_registry.discover_service(service_name)
