@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from registry import Instance, NoHealthyInstanceError
 from registry.discovery.blame import Failure
@@ -51,7 +60,8 @@ class Clock:
 
 
 def instances(names: Sequence[str]) -> tuple[Instance, ...]:
-    return tuple(Instance(name, "cards", "10.0.0.1", 8000 + ord(name[0])) for name in names)
+    """Those with an even letter, as b, are in zone 0, the others in zone 1."""
+    return tuple(Instance(name, "cards", "10.0.0.1", 8000 + ord(name[0]), zone=str(ord(name[0]) % 2)) for name in names)
 
 
 def test_who_is_back_early_can_be_ejected_again() -> None:
@@ -568,6 +578,10 @@ class Ejection(RuleBasedStateMachine):
         self.under_way: dict[Endpoint, int] = {}
         self.next_key = 0
 
+    @initialize(zone=st.sampled_from([None, "0"]))
+    def begin(self, zone: str | None) -> None:
+        self.pool = Pool("cards", clock=self.clock, zone=zone, roster=Roster(size=self.size))
+
     @rule(names=st.sets(st.sampled_from("abcdef")))
     def change(self, names: set[str]) -> None:
         self.pool.update(instances(sorted(names)))
@@ -650,11 +664,22 @@ class Ejection(RuleBasedStateMachine):
         assert {endpoint for endpoint, _ in self.pool.gone.values()} == set(self.pool._last_resort)
 
     @invariant()
+    def zones_are_those_of_the_candidates(self) -> None:
+        zones, candidates = self.pool.zones, self.pool._candidates or self.pool._last_resort
+        if zones is None or not candidates:
+            return
+        near = [each for each in candidates if each.instance.zone == zones.zone]
+        assert candidates.halves is not None
+        assert (candidates.halves.near, len(candidates.halves.far)) == (near, len(candidates) - len(near))
+        assert zones.near.step == 1 / (len(near) or 1)
+        assert all((each.group is zones.near) is (each in near) for each in candidates)
+
+    @invariant()
     def figures_stay_in_their_bounds(self) -> None:
         for endpoint in self.pool.endpoints.values():
             assert endpoint.ejected_until <= self.clock.now + MAX_EJECTION
             assert min(endpoint.failures, endpoint.ejections, endpoint.refusals) >= 0
-            assert endpoint.turn <= self.pool._all.turn + LEAD + 1
+            assert endpoint.turn <= (endpoint.group or self.pool._all).turn + LEAD + 1
             assert 0 <= endpoint.latency(self.clock.now) < float("inf")
         assert self.pool.failing_fast_for <= MAX_REFUSED
 

@@ -12,7 +12,7 @@ from registry import Instance, ServiceDiscoveryClient, StaticResolver
 from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.pool import Pool
-from registry.discovery.zones import SAMPLE
+from registry.discovery.zones import SAMPLE, ZoneFirst, ZoneState
 from registry.errors import InvalidInputError
 from registry.telemetry import PickReason
 
@@ -182,7 +182,10 @@ def test_a_zone_with_too_few_keeps_what_they_are_of_a_share(
     near = [each for each in picked if each and each.instance.zone == "a"]
     assert len(near) / 4_000 == pytest.approx(share, abs=0.03)
     assert pool.zones
-    assert pool.zones.near.picks == len(near)
+    state = pool.zones.state(0.0)
+    assert state.kept == pytest.approx(share)
+    assert state.spilled == pytest.approx({reason: 1 - share})
+    assert (state.own, state.own_picks, state.other_picks) == ("a", len(near), 4_000 - len(near))
     reasons: Counter[PickReason] = Counter()
     for endpoint in pool.endpoints.values():
         if endpoint.instance.zone != "a":
@@ -201,6 +204,41 @@ def test_without_others_or_without_a_zone_nothing_changes() -> None:
     assert pool.zones is None
     counts = Counter(each.instance.id for each in (pool.pick((), safe=True) for _ in range(1_000)) if each)
     assert counts["a0"] == pytest.approx(500, rel=0.2)
+
+
+def state_of(world: World, zone: str) -> ZoneState:
+    """What a caller there would say now, of all of them the one that keeps most."""
+    zones = [pool.zones for caller, pool in world.callers if caller == zone]
+    return max((each.state(world.now) for each in zones if isinstance(each, ZoneFirst)), key=lambda state: state.kept)
+
+
+def test_a_slow_zone_is_told_while_it_lasts() -> None:
+    """What is kept is what stays indeed, near enough; too much for the own zone and silence there are both ``slow``."""
+    world = World(fleet(a=3, b=3, c=3), "a" * 12, rate=60)
+    world.run(6.0)
+    states = [pool.zones.state(world.now) for _, pool in world.callers if pool.zones]
+    kept = sum(state.kept for state in states) / len(states)
+    assert kept == pytest.approx(world.stayed("a", 1_005), abs=0.15)
+    assert all(state.kept + sum(state.spilled.values()) == pytest.approx(1.0) for state in states)
+    assert any("zone_slow" in state.spilled for state in states)
+    world = World(fleet(a=3, b=3, c=3), "abc" * 4, rate=50)
+    world.run(3.0)
+    assert state_of(world, "c").kept == 1 - SAMPLE
+    world.hanging = {"c0", "c1", "c2"}
+    world.run(1.5)
+    assert state_of(world, "c").kept < 0.2
+    assert state_of(world, "c").spilled.keys() == {"zone_sample", "zone_slow"}
+
+
+async def test_explain_tells_zones() -> None:
+    """The own one, each instance's, and what is kept; without one, None. A zone that was given is not replaced."""
+    resolver = StaticResolver({"cards": fleet(a=1, b=3)})
+    async with ServiceDiscoveryClient(resolver) as client:
+        assert client.explain("cards").zones is None
+        assert [each.zone for each in client.explain("cards").endpoints] == ["a", "b", "b", "b"]
+    async with ServiceDiscoveryClient(resolver, zone="a") as client:
+        client.use_zone("b")
+        assert client.explain("cards").zones == ZoneState("a", 0.5, {"zone_few": 0.5}, 0, 0)
 
 
 async def test_what_is_no_zone_is_refused() -> None:

@@ -116,15 +116,9 @@ class ServiceDiscoveryClient:
             asked["idempotent"] = idempotent
         asked |= extensions or {}
         tag = asked.get("tag", tag)
+        body = {"content": content, "data": data, "files": files, "json": json}
         request, other = self._requests.build(
-            method,
-            service_name,
-            path,
-            headers=headers,
-            params=params,
-            cookies=cookies,
-            extensions=asked,
-            body={"content": content, "data": data, "files": files, "json": json},
+            method, service_name, path, headers=headers, params=params, cookies=cookies, extensions=asked, body=body
         )
         terms = self._terms(limit, None if tag is None else check_tag(tag), other)
         response = await self._way.send(request, terms, auth, follow_redirects)
@@ -235,6 +229,10 @@ class ServiceDiscoveryClient:
     def use_peers(self, peers: Peers | None) -> None:
         """Calls instances of the mesh by it, unless ``connections`` names others; before the first call."""
         self._transport.use_peers(peers)
+
+    def use_zone(self, zone: str | None) -> None:
+        """Prefers instances of this zone, unless it was made with a ``zone``; before the first call."""
+        self._transport.use_zone(zone)
 
     async def aclose(self) -> None:
         """Closes all connections and ends the watches."""

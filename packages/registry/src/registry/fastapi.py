@@ -79,7 +79,6 @@ def lifespan(
         timeout=settings.call_timeout,
         max_retries=settings.call_retries,
         deadline=settings.call_deadline,
-        zone=settings.zone,
     )
 
     @asynccontextmanager
@@ -102,6 +101,7 @@ def lifespan(
             caller = await stack.enter_async_context(make(resolver))
             caller.observe(told)
             caller.use_peers(member.identity)
+            caller.use_zone(settings.zone)
             await resolver.start()
             registrar = Registrar(settings, connection, about=about(app), observer=told, mesh=member)
             stack.enter_context(known(app, registrar=registrar, discovery_client=caller, journal=journal, mesh=member))

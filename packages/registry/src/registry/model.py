@@ -85,8 +85,9 @@ class ServiceHealth:
     """Check id → the output of its last run."""
 
 
-Absence: TypeAlias = Literal["critical", "maintenance", "withdrew", "vanished", "uncallable"]
-"""Its checks fail; an operator's order; it was deregistered; the registry lost it; its entry can't be used."""
+Absence: TypeAlias = Literal["critical", "maintenance", "withdrew", "vanished", "uncallable", "elsewhere"]
+"""Its checks fail; an operator's order; it was deregistered; the registry lost it; its entry can't be used; it is in
+another datacenter, which is not needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +124,5 @@ class View:
     """
     errors: int = 0
     """How many questions the source has not answered."""
+    datacenter: str | None = None
+    """Where the usable instances are, if datacenters were named; None: they were not, or there is nobody."""

@@ -59,7 +59,7 @@ class ServiceSettings(BaseSettings):
     """The address that callers use; unset: the address from which this host reaches Consul."""
     tags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     meta: dict[str, str] = Field(default_factory=dict)
-    """Takes precedence over the default metadata ``version``, ``metrics_path``, ``state_path`` and ``secure``."""
+    """Takes precedence over the default metadata ``version``, ``zone`` and so on."""
     version: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
     """The version to register; unset: the version of the FastAPI app."""
     weight: int = Field(default=1, ge=1, le=65535)

@@ -16,6 +16,7 @@ from registry.errors import InvalidInputError
 __all__ = [
     "MAX_META",
     "check_address",
+    "check_datacenter",
     "check_duration",
     "check_headers",
     "check_id",
@@ -39,6 +40,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9._:+=@-]{1,253}", re.ASCII)
 _META_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _DURATION = re.compile(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h))+", re.ASCII)
 _ZONE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", re.ASCII)
+_DATACENTER = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 _MAX_PATH = 20_000
@@ -127,6 +129,13 @@ def check_zone(zone: str) -> str:
     if not is_zone(zone):
         raise InvalidInputError(f"{zone!r} is not a zone: use letters, digits, '-', '_' and '.', at most 63 of them")
     return zone
+
+
+def check_datacenter(name: str) -> str:
+    """The name of a datacenter, in lower case as Consul has it. Raises: InvalidInputError."""
+    if not isinstance(name, str) or not _DATACENTER.fullmatch(name):
+        raise InvalidInputError(f"{name!r} is not a datacenter: use letters, digits, '-' and '_', such as 'dc1'")
+    return name.lower()
 
 
 def check_headers(headers: dict[str, str]) -> dict[str, str]:

@@ -69,7 +69,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         self._deadline = math.inf if deadline is None else deadline
         self._policy: Policy = policy
         self._ejection = ejection or EjectionPolicy()
-        self._zone = None if zone is None else check_zone(zone)
+        self._zone: str | None = None
+        self.use_zone(zone)
         self._upstreams: dict[tuple[str, str | None], Upstream] = {}
         self._connections, self._inner = connections or ConnectionOptions(), transport
         self._sender = self._new_sender()
@@ -118,6 +119,11 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         if self._connections.peers is None:
             self._connections = replace(self._connections, peers=peers)
             self._sender = self._new_sender()
+
+    def use_zone(self, zone: str | None) -> None:
+        """Prefers instances of this zone, unless it was made with a ``zone``; before the first call."""
+        if self._zone is None and zone is not None:
+            self._zone = check_zone(zone)
 
     def _new_sender(self) -> Sender:
         return H11Sender(self._connections) if self._inner is None else HttpxSender(self._inner, self._connections)

@@ -96,7 +96,7 @@ class Upstream:
 
     def _nobody(self) -> None:
         """Nobody is listed, but those who are lost may still answer."""
-        if self.pool.snapshot or self._view().lost is not self.pool.gone.lost:
+        if self.pool.snapshot or self._view().lost != self.pool.gone.lost:
             self._update(())
 
     def _update(self, snapshot: Snapshot) -> None:
@@ -139,6 +139,7 @@ class Upstream:
             hedges=dict(self.hedges),
             budget_left=self.budget.left(),
             budget_exhausted=self.budget.exhausted,
+            zones=pool.zones.state(now) if pool.zones else None,
             departed=pool.ledger.departed,
             outside=tuple(sorted([instance.id for instance in pool.roster.ranking.outside()])),
         )

@@ -10,12 +10,15 @@ One call in fifty goes elsewhere anyhow, or nobody would know how long it takes 
 
 import math
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from registry.discovery.balancing import Candidates, Halves, Pick
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.group import NOISE, Group
+from registry.telemetry import PickReason
 
-__all__ = ["FADE", "SAMPLE", "SLOW", "ZoneFirst"]
+__all__ = ["FADE", "SAMPLE", "SLOW", "ZoneFirst", "ZoneState"]
 
 SAMPLE = 0.02
 """The part of the calls that goes elsewhere in any case."""
@@ -25,6 +28,20 @@ FADE = 10.0
 """Seconds after which what is known of a zone that is asked no more counts for 1/e, so that it is tried again."""
 
 
+@dataclass(frozen=True, slots=True)
+class ZoneState:
+    """How far one upstream's calls stay in the caller's own zone."""
+
+    own: str
+    kept: float
+    """The part of the calls that stays there at present."""
+    spilled: Mapping[PickReason, float]
+    """The parts that go elsewhere, and why: ``zone_few``, ``zone_slow``, ``zone_sample``."""
+    own_picks: int
+    """How often an instance of the own zone was picked."""
+    other_picks: int
+
+
 class ZoneFirst:
     """A policy over another: that one picks, within the own zone or elsewhere. One per upstream."""
 
@@ -32,29 +49,47 @@ class ZoneFirst:
         self.zone = zone
         self.near, self.far = Group(), Group()
         self._pick = pick
+        self._candidates = Candidates()
 
     def __call__(self, candidates: Candidates, now: float) -> Endpoint:
         halves = candidates.halves or self._halve(candidates)
         chance, share, near = random.random(), halves.share, self.near
         if chance >= share:
-            candidates.reason = "zone_sample" if share == 1 - SAMPLE else "zone_few"
+            candidates.reason = _lacking(share)
         elif chance >= share * self._kept(near.usual - self.far.usual, now - near.updated):
             candidates.reason = "zone_slow"
         else:
             endpoint = self._pick(halves.near, now)
             candidates.reason = halves.near.reason
-            silence = endpoint.silence(now)
-            if not silence or chance < share * self._kept(math.log(silence + NOISE) - max(near.long, self.far.long)):
-                return endpoint
-            if not halves.far:
+            if not halves.far or chance < share * self._kept_despite_silence(endpoint, now):
                 return endpoint
             candidates.reason = "zone_slow"
         return self._pick(halves.far, now)
 
     def rebuilt(self, candidates: Candidates) -> None:
         """These are the candidates from now on."""
+        self._candidates = candidates
         halves = self._halve(candidates)
         self.near.step, self.far.step = 1 / (halves.near.weight or 1), 1 / (halves.far.weight or 1)
+
+    def state(self, now: float) -> ZoneState:
+        """How the next pick would go."""
+        halves = self._candidates.halves or self._halve(self._candidates)
+        kept = share = halves.share
+        spilled: dict[PickReason, float] = {}
+        if share < 1:
+            spilled[_lacking(share)] = 1 - share
+        if halves.near and halves.far:
+            kept *= self._kept(self.near.usual - self.far.usual, now - self.near.updated)
+            silent = sum(self._kept_despite_silence(endpoint, now) for endpoint in halves.near) / len(halves.near)
+            kept = min(kept, share * silent)
+        if kept < share:
+            spilled["zone_slow"] = share - kept
+        return ZoneState(self.zone, kept, spilled, self.near.picks, self.far.picks)
+
+    def _kept_despite_silence(self, endpoint: Endpoint, now: float) -> float:
+        silence = endpoint.silence(now)
+        return self._kept(math.log(silence + NOISE) - max(self.near.long, self.far.long)) if silence else 1.0
 
     def _kept(self, excess: float, age: float = 0.0) -> float:
         """The part that stays though answers take e^excess times as long, as was last seen so many seconds ago."""
@@ -76,6 +111,11 @@ class ZoneFirst:
         share = min(here.weight * len(zones) / candidates.weight, 1 - SAMPLE) if far else 1.0
         candidates.halves = Halves(here, Candidates(far), share)
         return candidates.halves
+
+
+def _lacking(share: float) -> PickReason:
+    """Why no more than this part stays."""
+    return "zone_sample" if share == 1 - SAMPLE else "zone_few"
 
 
 _SLOW = math.log(SLOW)
