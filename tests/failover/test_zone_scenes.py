@@ -156,7 +156,7 @@ async def test_draining_in_one_zone_fails_no_call(consul_agent: ConsulAgent, mon
     async with three_zones(consul_agent, monkeypatch, "POST") as scene:
         await scene.go_on(2.0)
         await asyncio.to_thread(scene.instances["b"][0].terminate)
-        since = await scene.go_on(0.5)
+        since = await scene.go_on(2.0)
         await scene.go_on(5.0)
         left = [each for each in scene.everybody if each is not scene.instances["b"][0]]
         assert scene.report().errors == {}

@@ -241,6 +241,20 @@ async def test_explain_tells_zones() -> None:
         assert client.explain("cards").zones == ZoneState("a", 0.5, {"zone_few": 0.5}, 0, 0)
 
 
+def test_a_slow_zone_is_asked_when_it_is_all_there_is() -> None:
+    """It takes 1,000 times as long as the others did, which have left since."""
+    pool = Pool("cards", clock=lambda: 1_000.0, zone="a")
+    pool.update(fleet(a=2, b=2))
+    for endpoint in pool.endpoints.values():
+        endpoint.observe(1.0 if endpoint.instance.zone == "a" else 0.001, 1_000.0)
+    picked = [pool.pick((), safe=True) for _ in range(100)]
+    assert {each.instance.zone for each in picked if each} == {"b"}
+    pool.update(fleet(a=2))
+    assert {each.instance.id for each in (pool.pick((), safe=True) for _ in range(100)) if each} == {"a0", "a1"}
+    assert pool.zones
+    assert (pool.zones.state(1_000.0).kept, pool.zones.state(1_000.0).spilled) == (1.0, {})
+
+
 async def test_what_is_no_zone_is_refused() -> None:
     """At once, rather than never to be found among the instances."""
     with pytest.raises(InvalidInputError, match="not a zone"):

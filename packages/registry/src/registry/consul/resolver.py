@@ -66,7 +66,9 @@ class ConsulResolver:
     def resolve(self, service: str, tag: str | None = None) -> Snapshot | None:
         if self._process != os.getpid():
             self._forget()
-        service, asked, errors = service.lower(), list[Watch](), list[RegistryError]()
+        service = service.lower()
+        asked: list[Watch] = []
+        errors: list[RegistryError] = []
         for datacenter in self._datacenters:
             watch = self._watches.get((service, tag, datacenter))
             if watch is None or watch.task.done():

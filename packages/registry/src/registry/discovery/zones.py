@@ -53,18 +53,24 @@ class ZoneFirst:
 
     def __call__(self, candidates: Candidates, now: float) -> Endpoint:
         halves = candidates.halves or self._halve(candidates)
+        if not halves.far:
+            return self._pick_near(candidates, halves, now)
         chance, share, near = random.random(), halves.share, self.near
         if chance >= share:
             candidates.reason = _lacking(share)
         elif chance >= share * self._kept(near.usual - self.far.usual, now - near.updated):
             candidates.reason = "zone_slow"
         else:
-            endpoint = self._pick(halves.near, now)
-            candidates.reason = halves.near.reason
-            if not halves.far or chance < share * self._kept_despite_silence(endpoint, now):
+            endpoint = self._pick_near(candidates, halves, now)
+            if chance < share * self._kept_despite_silence(endpoint, now):
                 return endpoint
             candidates.reason = "zone_slow"
         return self._pick(halves.far, now)
+
+    def _pick_near(self, candidates: Candidates, halves: Halves, now: float) -> Endpoint:
+        endpoint = self._pick(halves.near, now)
+        candidates.reason = halves.near.reason
+        return endpoint
 
     def rebuilt(self, candidates: Candidates) -> None:
         """These are the candidates from now on."""
