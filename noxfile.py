@@ -160,7 +160,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure clients and failover anew, into docs/benchmarks, in about twenty minutes; `-- --quick` tries it out."""
+    """Measure clients and failover anew, into docs/benchmarks, in half an hour; `-- --quick` tries it out."""
     install(session)
     session.run("python", "-m", "benchmarks", *session.posargs)
 

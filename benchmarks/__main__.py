@@ -10,6 +10,7 @@ import httpx
 
 from benchmarks.costs import consul_requests, pick_microseconds
 from benchmarks.failover import play
+from benchmarks.many import many
 from benchmarks.mesh import mesh_costs
 from benchmarks.overhead import overheads, sync_microseconds
 from benchmarks.overload import overload
@@ -34,8 +35,23 @@ def run(quick: bool, rounds: int, seconds: float) -> Results:
     overhead = overheads(400 if not quick else 5)
     picks = {size: asyncio.run(pick_microseconds(size, 2_000 if quick else 50_000)) for size in (3, 10_000)}
     failover, overloaded = play(quick), overload(quick)
+    held, churned = many(quick)
     where["load after"] = f"{os.getloadavg()[0]:.1f}"
-    return Results(where, rounds, seconds, samples, picks, requests, overhead, blocking, mesh, failover, overloaded)
+    return Results(
+        where,
+        rounds,
+        seconds,
+        samples,
+        picks,
+        requests,
+        overhead,
+        blocking,
+        mesh,
+        failover,
+        overloaded,
+        held,
+        churned,
+    )
 
 
 def main() -> None:

@@ -3,10 +3,8 @@
 import argparse
 import asyncio
 import multiprocessing
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,23 +14,18 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.capacity_page import Capacity, Change, Cpu, Idle, write
+from benchmarks.capacity_page import Capacity, Change, Idle, write
+from benchmarks.fleet import Cpu, Site, health, running_site
 from benchmarks.results import environment
-from registry import ConsulResolver, ConsulSettings, ServiceRegistry
+from registry import ConnectionOptions, ConsulResolver, ConsulSettings, ServiceRegistry
 from registry.discovery.pool import Pool
+from registry.discovery.roster import Roster
 from registry.discovery.upstream import Upstream
 from registry.telemetry import Event, Observer
-from registry.testing.agent import ConsulAgent, find_consul, running_agent
-from registry.testing.ports import free_ports
-from tests.support.command import wait_until
 from tests.support.server import Answer, recording_server
 
 __all__ = ["main"]
 
-PER_NODE = 100
-"""Instances on one node of Consul."""
-PER_TRANSACTION = 60
-"""Operations; Consul takes 64."""
 PER_SERVICE = 10
 """Instances of each service, where services are many."""
 PAGE = Path(__file__).parents[1] / "docs/explanation/scale.md"
@@ -57,7 +50,7 @@ def _caller(port: int, services: list[str], pipe: Connection) -> None:
             ConsulSettings(host="127.0.0.1", port=port), upstreams=services, max_watches=len(services), observer=told
         )
         await resolver.start()
-        upstreams = [Upstream(resolver, Pool(service), None) for service in services]
+        upstreams = [Upstream(resolver, _pool(service), None) for service in services]
         for upstream in upstreams:
             await upstream.pick((), safe=True)
         told.changed.clear()
@@ -69,6 +62,11 @@ def _caller(port: int, services: list[str], pipe: Connection) -> None:
             pipe.send("heard")
 
     asyncio.run(run())
+
+
+def _pool(service: str) -> Pool:
+    """As a client has it."""
+    return Pool(service, roster=Roster(size=ConnectionOptions().max_instances))
 
 
 @contextmanager
@@ -92,78 +90,6 @@ def _receive(pipe: Connection) -> Any:
     return pipe.recv()
 
 
-class Site:
-    """A server, and an agent that is a client of it, as on each host of a real system."""
-
-    def __init__(self, server: ConsulAgent, port: int, pid: int) -> None:
-        self.server = server
-        self.port = port
-        self.pids = server.pid, pid
-        self.http = httpx.Client(base_url=server.url, trust_env=False, timeout=30)
-
-    def fill(self, service: str, instances: int) -> None:
-        """Registers so many, as this package would have, on nodes that have no agent."""
-        operations: list[dict[str, object]] = []
-        for number in range(instances):
-            node, address = f"host-{number // PER_NODE}", f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
-            if number % PER_NODE == 0:
-                operations.append({"Node": {"Verb": "set", "Node": {"Node": node, "Address": address}}})
-            found = {"ID": f"{service}-{address}-8002", "Service": service, "Address": address, "Port": 8002}
-            detail = {**found, "Meta": {"version": "1.0.0", "python": "3.11.7", "weight": "1"}}
-            operations.append({"Service": {"Verb": "set", "Node": node, "Service": detail}})
-            operations.append(_health(node, found["ID"], "passing"))
-        for start in range(0, len(operations), PER_TRANSACTION):
-            self.transact(operations[start : start + PER_TRANSACTION])
-
-    def transact(self, operations: list[dict[str, object]]) -> None:
-        """All at once, on the server."""
-        self.http.put("/v1/txn", json=operations).raise_for_status()
-
-    def cpu(self, caller: int | None = None) -> list[float]:
-        """Seconds of CPU so far: of the server, the agent, the caller."""
-        times = [psutil.Process(pid).cpu_times() for pid in (*self.pids, *([caller] if caller else []))]
-        return [each.user + each.system for each in times]
-
-    def cost(self, work: Callable[[], object], times: float, caller: int | None = None) -> Cpu:
-        """Of the work, by so many times."""
-        before = self.cpu(caller)
-        work()
-        spent = [1000 * (after - once) / times for once, after in zip(before, self.cpu(caller), strict=True)]
-        return Cpu(spent[0], spent[1], spent[2] if caller else 0.0)
-
-
-def _health(node: str, service_id: object, status: str) -> dict[str, object]:
-    check = {"Node": node, "CheckID": f"service:{service_id}", "ServiceID": service_id, "Name": "GET /health"}
-    return {"Check": {"Verb": "set", "Check": {**check, "Status": status, "Output": "HTTP GET /health: 200 OK"}}}
-
-
-@contextmanager
-def running_site() -> Iterator[Site]:
-    """On loopback, with ports of its own; ends with the context."""
-    with running_agent() as server, tempfile.TemporaryDirectory(prefix="agent-") as data:
-        http, serf = free_ports(2)
-        lan = httpx.get(f"{server.url}/v1/agent/self", trust_env=False).json()["DebugConfig"]["SerfPortLAN"]
-        ports = f"ports {{ dns = -1, grpc = -1, grpc_tls = -1, serf_lan = {serf} }}"
-        command = [str(find_consul()), "agent", "-node=agent", "-bind=127.0.0.1", f"-data-dir={data}", f"-hcl={ports}"]
-        with subprocess.Popen(
-            [*command, f"-http-port={http}", f"-retry-join=127.0.0.1:{lan}"], stdout=subprocess.DEVNULL
-        ) as agent:
-            try:
-                wait_until(lambda: _has_joined(http), 30)
-                yield Site(server, http, agent.pid)
-            finally:
-                agent.terminate()
-
-
-def _has_joined(port: int) -> bool:
-    """Whether the agent's server knows it."""
-    try:
-        nodes = httpx.get(f"http://127.0.0.1:{port}/v1/catalog/nodes", trust_env=False)
-    except httpx.TransportError:
-        return False
-    return nodes.is_success and any(node["Node"] == "agent" for node in nodes.json())
-
-
 def change(site: Site, instances: int, changes: int) -> Change:
     """One instance of so many changes its state, so many times."""
     service = f"fleet-{instances}"
@@ -176,7 +102,7 @@ def change(site: Site, instances: int, changes: int) -> Change:
         def work() -> None:
             for number in range(changes):
                 begun = time.monotonic()
-                site.transact([_health("host-0", victim, "passing" if number % 2 else "critical")])
+                site.transact([health("host-0", victim, "passing" if number % 2 else "critical")])
                 assert _receive(pipe) == "heard"
                 waited.append(time.monotonic() - begun)
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.fleet import Cpu
 from benchmarks.report import table
 
-__all__ = ["Capacity", "Change", "Cpu", "Idle", "write"]
+__all__ = ["Capacity", "Change", "Idle", "write"]
 
 BEGIN, END = "<!-- measured: nox -s capacity -->\n", "<!-- end of what is measured -->\n"
 WATCHED = 3
@@ -18,15 +19,6 @@ ANSWERS = 5
 """A second that a watch takes at most, and then those that are newest: see ``registry.consul.watch``."""
 SYSTEMS = ((10, 10), (10, 100), (100, 100), (10, 1_000), (100, 1_000), (10, 10_000))
 """Services × instances of each."""
-
-
-@dataclass(frozen=True)
-class Cpu:
-    """Milliseconds of CPU: of Consul's server, of the agent that is asked, and of whoever asks."""
-
-    server: float
-    agent: float
-    caller: float
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.clients import CLIENTS
+from benchmarks.many import HELD, LEFT, MEMORY
 from benchmarks.mesh import PROMISED_RATIO, SERVED
 from benchmarks.overhead import PROMISED
 from benchmarks.overload import CALLERS, GOODPUT, IN_FLIGHT, LAG, PATIENCE
@@ -132,6 +133,27 @@ def _page(results: Results) -> str:
                 for each in results.overload
             ),
         ),
+        "## Many instances",
+        "A real Consul, and a caller in a process of its own, which picks every 5 ms and watches one service; one of "
+        "its instances changes its state, again and again. Late: by how much a task that sleeps for 2 ms wakes too "
+        "late. Busy: the most CPU that the loop's thread uses between two such looks, which is what it would be late "
+        "if nobody else used the machine. Without a change: as long, beforehand. Medians. First list: from the "
+        "question to the first pick. Memory is that of the whole process.",
+        table(
+            ["", "late ms", "busy ms", "without a change", "first list, busy ms", "memory MB"],
+            (
+                (
+                    _several(each.instances, "instance"),
+                    *(f"{milliseconds:.1f}" for milliseconds in (each.late, each.busy, each.undisturbed)),
+                    *(f"{each.first.busy:.1f}", f"{each.memory:.0f}"),
+                )
+                for each in results.held
+            ),
+        ),
+        f"Then instances of one service came and went, {results.churn.changes:,} changes in "
+        f"{results.churn.seconds / 60:.1f} minutes, while a caller picked, and explained itself once a second. After "
+        f"the first minutes it had {results.churn.objects[0]:,} objects and {results.churn.memory[0]:.0f} MB, at the "
+        f"end {results.churn.objects[1]:,} and {results.churn.memory[1]:.0f} MB.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -188,6 +210,31 @@ def _promises(results: Results) -> list[tuple[str, str, str, str]]:
                 _mark(median(each.goodput) >= GOODPUT),
             )
             for each in results.overload[-1:]
+        ),
+        *(
+            (
+                f"one change among {each.instances:,} holds the loop, p50",
+                f"{each.late:.1f} ms",
+                f"≤ {HELD[each.instances]:g} ms",
+                _mark(each.late <= HELD[each.instances]),
+            )
+            for each in results.held
+            if each.instances in HELD
+        ),
+        *(
+            (
+                f"memory of a caller of {each.instances:,}",
+                f"{each.memory:.0f} MB",
+                f"≤ {MEMORY:g} MB",
+                _mark(each.memory <= MEMORY),
+            )
+            for each in results.held[-1:]
+        ),
+        (
+            f"objects after {results.churn.changes:,} changes, by those before",
+            f"{results.churn.left:.3f}",
+            f"≤ {LEFT:g}",
+            _mark(results.churn.left <= LEFT),
         ),
     ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.failover import Outcome
+from benchmarks.many import Churn, Held
 from benchmarks.mesh import MeshCost
 from benchmarks.overload import Overload
 from benchmarks.throughput import Sample
@@ -39,6 +40,8 @@ class Results:
     mesh: list[MeshCost]
     failover: list[Outcome]
     overload: list[Overload]
+    held: list[Held]
+    churn: Churn
 
     def sizes(self) -> list[int]:
         """The numbers of instances, ascending."""

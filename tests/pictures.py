@@ -16,10 +16,17 @@ from orchestrator.registry import Instance, LeftOut
 CALLERS = 3
 
 
-def instance(service: str, number: int, tags: Sequence[str] = ()) -> Instance:
-    """The number-th of a service."""
+def instance(service: str, number: int, tags: Sequence[str] = (), zones: Sequence[str] = ()) -> Instance:
+    """The number-th of a service; in these zones, if any, by turns."""
     address, port = f"10.0.{number // 250}.{number % 250}", 8000
-    return Instance(f"{service}-{address}-{port}", service, address, port, tags=tuple(tags))
+    return Instance(
+        f"{service}-{address}-{port}",
+        service,
+        address,
+        port,
+        tags=tuple(tags),
+        zone=zones[number % len(zones)] if zones else None,
+    )
 
 
 def state(caller: Instance, called: Sequence[Instance], number: int, ejected: int = 0) -> State:
@@ -28,6 +35,7 @@ def state(caller: Instance, called: Sequence[Instance], number: int, ejected: in
         {
             "id": each.id,
             "netloc": each.netloc,
+            "zone": each.zone,
             "in_flight": (number + index) % 4,
             "latency": 0.001 * (1 + (number + index) % 30),
             "picks": 100 + number * (index % 3),
@@ -64,9 +72,15 @@ def told(caller: Instance, known: State | None, error: str | None = None) -> Tol
     return Told(caller, known, 0.1 if known else None, error, error is not None, rates)
 
 
-def picture(instances: int, number: int = 1, tags: Sequence[str] = (), outage: str | None = None) -> Picture:
+def picture(
+    instances: int,
+    number: int = 1,
+    tags: Sequence[str] = (),
+    outage: str | None = None,
+    zones: Sequence[str] = (),
+) -> Picture:
     """So many instances of backend-api, called by three of research-api; one is ejected, one in maintenance."""
-    backends = tuple(instance("backend-api", each, tags) for each in range(instances))
+    backends = tuple(instance("backend-api", each, tags, zones) for each in range(instances))
     callers = tuple(instance("research-api", each) for each in range(CALLERS))
     left = (LeftOut("backend-api-10.9.9.9-8000", "in maintenance: new disks", "maintenance"),)
     listings = (Listing("backend-api", backends, left), Listing("research-api", callers, ()))
@@ -89,7 +103,12 @@ class Album:
     """Stands in for the hub: a new picture, of the same system, every so many seconds."""
 
     def __init__(
-        self, instances: int, period: float = 0.5, tags: Sequence[str] = (), outage: str | None = None
+        self,
+        instances: int,
+        period: float = 0.5,
+        tags: Sequence[str] = (),
+        outage: str | None = None,
+        zones: Sequence[str] = (),
     ) -> None:
         self.is_full = False
         """True: streams end."""
@@ -97,10 +116,12 @@ class Album:
         self._period = period
         self._tags = tags
         self._outage = outage
+        self.zones = zones
+        """A test may change them."""
 
     async def sheet(self, caller: str) -> Sheet:
         """The first."""
-        return compose(picture(self._instances, 1, self._tags, self._outage), caller)
+        return compose(self._picture(1), caller)
 
     async def stream(self, caller: str) -> AsyncIterator[str]:
         """One after the other."""
@@ -108,4 +129,7 @@ class Album:
         while not self.is_full:
             number += 1
             await anyio.sleep(self._period)
-            yield compose(picture(self._instances, number, self._tags, self._outage), caller).model_dump_json()
+            yield compose(self._picture(number), caller).model_dump_json()
+
+    def _picture(self, number: int) -> Picture:
+        return picture(self._instances, number, self._tags, self._outage, self.zones)

@@ -29,6 +29,9 @@ def test_quick_run(tmp_path: Path) -> None:
     assert "calls/s at 4 callers, by bare httpx" in page
     assert results["failover"][0]["scene"] in page
     assert f"| {results['overload'][0]['shedding']} |" in page
+    assert [(each["instances"], len(each["changes"])) for each in results["held"]] == [(10, 2), (300, 2)]
+    assert results["churn"]["changes"] > 0
+    assert "| memory of a caller of 300 |" in page
     ElementTree.parse(tmp_path / "throughput.svg")
 
 

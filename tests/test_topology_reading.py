@@ -3,7 +3,7 @@
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -158,15 +158,33 @@ def test_a_hidden_tab_asks_for_nothing(page: str, browser: Browser) -> None:
         tab.live()
 
 
-def test_the_template_and_the_script_draw_the_same(browser: Browser) -> None:
+def test_zones_appear_with_the_first_instance_that_has_one(browser: Browser) -> None:
+    """The open page gets a column with its heading and loses it again; nothing keeps anybody out, and labels fit."""
+    album = Album(6, period=0.2)
+    with served(album) as page, open_tab(browser, page) as tab:
+        tab.live()
+        rows = tab.page.get_by_role("region", name="Instances").get_by_role("row")
+        for zones, count in ((("eu-1a", "eu-1b"), 9), ((), 8), (("eu-1a",), 9)):
+            album.zones = zones
+            tab.wait("count => document.getElementById('columns').children.length === count", count)
+            assert rows.nth(0).get_by_role("columnheader").count() == count
+            assert tab.page.locator("#instances tr.group th").first.get_attribute("colspan") == str(count)
+            assert rows.nth(2).locator("th, td").count() == count
+        assert tab.page.get_by_role("columnheader", name="Zone").count() == 1
+        assert rows.nth(2).get_by_role("cell", name="eu-1a", exact=True).count() == 1
+        assert tab.barriers() == []
+
+
+@pytest.mark.parametrize("zones", [(), ("eu-1a", "eu-1b")], ids=str)
+def test_the_template_and_the_script_draw_the_same(browser: Browser, zones: Sequence[str]) -> None:
     """What the template writes, and what the script makes where nothing was before, differ in nothing."""
     read = "() => document.querySelector('main').innerHTML.replace(/\\s+/g, ' ').replaceAll('> <', '><')"
     for point in ("", instance("research-api", 0).id):
-        with served(Album(4, period=0.2)) as page, open_tab(browser, f"{page}/?caller={point}") as tab:
+        with served(Album(4, period=0.2, zones=zones)) as page, open_tab(browser, f"{page}/?caller={point}") as tab:
             tab.live()
             tab.page.click("#pause")
             number, made = tab.number, tab.page.evaluate(read)
-            sheet = compose(picture(4, number), point)
+            sheet = compose(picture(4, number, zones=zones), point)
             tab.page.set_content(routes.render(sheet))
             assert tab.page.evaluate(read) == made
 

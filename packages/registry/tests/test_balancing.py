@@ -24,6 +24,7 @@ from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.options import EjectionPolicy
 from registry.discovery.pool import Pool
+from registry.discovery.roster import SLICE
 from registry.errors import InvalidInputError
 
 POLICY = EjectionPolicy()
@@ -256,6 +257,8 @@ def test_pick_takes_as_many_steps_among_ten_thousand_as_among_three(policy: Poli
 
     def most(size: int) -> int:
         pool = Fleet((weights * size)[:size], named_pick(policy)).pool
+        for _ in range(size // SLICE):  # until all of them are known
+            pool.pick((), safe=True)
         ejected = next(iter(pool.endpoints.values()))
         pool.failed(ejected, Failure.NOT_SENT, 0.0)
         return max(_steps(lambda: pool.pick((), safe=True)) for _ in range(100))

@@ -395,13 +395,27 @@ async def test_calls_are_limited_as_the_settings_say(monkeypatch: pytest.MonkeyP
 
 
 async def test_client_of_ones_own_making(consul: ConsulSettings) -> None:
-    """``client=`` makes the app's client, with any option that there is, from the resolver that it is given."""
+    """``client=`` makes the app's client, with any option that there is, from the resolver; it need not pass the zone.
+
+    A zone that it passes is not replaced.
+    """
     made: list[ServiceDiscoveryClient] = []
 
     def make(resolver: Resolver) -> ServiceDiscoveryClient:
         made.append(ServiceDiscoveryClient(resolver, ejection=EjectionPolicy(failures=2), policy="round_robin"))
         return made[0]
 
-    app = FastAPI(lifespan=lifespan(identity("made"), consul=consul, client=make))
+    settings = identity("made").model_copy(update={"zone": "eu-1a"})
+    app = FastAPI(lifespan=lifespan(settings, consul=consul, client=make))
     async with app.router.lifespan_context(app):
         assert [app.state.discovery_client] == made
+        assert zone_of(made[0]) == "eu-1a"
+    app = FastAPI(lifespan=lifespan(settings, consul=consul))
+    async with app.router.lifespan_context(app):
+        assert zone_of(app.state.discovery_client) == "eu-1a"
+
+
+def zone_of(client: ServiceDiscoveryClient) -> str | None:
+    """The zone that its calls prefer."""
+    zones = client.explain("nobody").zones
+    return zones.own if zones else None

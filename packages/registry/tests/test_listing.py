@@ -115,6 +115,40 @@ def test_a_proxy_for_nobody_hides_no_other(proxy: object) -> None:
     assert [each.id for each in listing.passing] == ["good"]
 
 
+ZONES: list[tuple[str | None, dict[str, Any], Any, Any]] = [
+    ("own", {"zone": "own"}, {"Zone": "service"}, {"Zone": "node"}),
+    ("service", {}, {"Region": "r", "Zone": "service"}, {"Zone": "node"}),
+    ("node", {}, None, {"Region": "r", "Zone": "node"}),
+    ("node", {"zone": "no zone"}, {"Zone": 5}, {"Zone": "node"}),
+    (None, {"zone": ""}, {"Region": "r"}, "node"),
+    (None, {"zone": "z" * 64}, [], None),
+]
+
+
+@pytest.mark.parametrize(("zone", "meta", "service", "node"), ZONES)
+def test_a_zone_is_what_the_registration_says_or_else_consul(
+    zone: str | None, meta: dict[str, Any], service: Any, node: Any
+) -> None:
+    """The metadata first, then the locality of the service, then of its node; what names no zone is passed over."""
+    entry = listed(Meta=meta, Locality=service)
+    entry["Node"]["Locality"] = node
+    assert [each.zone for each in parsed([entry]).passing] == [zone]
+
+
+def test_consul_tells_the_locality_that_was_registered(consul_agent: ConsulAgent) -> None:
+    """What others register as the locality of a service is its zone here; our own metadata are, too."""
+    name = f"zoned-{uuid.uuid4().hex[:8]}"
+    with httpx.Client(base_url=consul_agent.url, trust_env=False) as consul:
+        for fields in ({"Locality": {"Region": "eu", "Zone": "eu-1"}}, {"Meta": {"zone": "eu-2"}}, {}):
+            entry = {"Name": name, "ID": f"{name}-{len(fields)}{'Meta' in fields}", "Address": "10.0.0.1", "Port": 80}
+            consul.put("/v1/agent/service/register", json=entry | fields).raise_for_status()
+    with ServiceRegistry("127.0.0.1", consul_agent.http_port) as registry:
+        zones = {instance.zone for instance in registry.discover_service(name)}
+        for instance in registry.discover_service(name):
+            registry.deregister_service(instance.id)
+    assert zones == {"eu-1", "eu-2", None}
+
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "compact": {"separators": (",", ":")},
     "spaced": {},

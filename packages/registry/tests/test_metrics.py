@@ -131,6 +131,26 @@ async def test_counts_are_those_of_the_client() -> None:
     assert found["registry_watch_errors_total"] == {("cards",): 2}
 
 
+async def test_picks_are_counted_by_zone() -> None:
+    """In the own one or in another, added up over the tags; two series for a service, however many zones there are."""
+    zones = ["a", "b", "c", None]
+    fleet = StaticResolver(
+        {"cards": [Instance(f"i{zone}", "cards", "10.0.0.1", 8000, ("blue",), zone=zone) for zone in zones]}
+    )
+    async with observed(fleet, zone="a") as (client, registry):
+        for tag in (None, "blue"):
+            for _ in range(200):
+                await client.get("cards", "/ok", tag=tag)
+        picks = read(registry)["registry_zone_picks_total"]
+        attempts = read(registry)["registry_attempts_total"]
+        own = attempts["ia", "ok", "cards"]
+        assert picks == {("cards", "own"): own, ("cards", "other"): 400 - own}
+        assert own > 200
+    async with observed(fleet) as (client, registry):
+        await client.get("cards", "/ok")
+        assert "registry_zone_picks_total" not in read(registry)
+
+
 async def test_hedges_are_counted() -> None:
     """By whether the second attempt gave the answer."""
 

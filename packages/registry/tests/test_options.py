@@ -26,6 +26,7 @@ from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint
 from registry.discovery.pool import Pool
 from registry.discovery.retry import RetryBudget
+from registry.discovery.roster import Roster
 from registry.mesh.identity import MeshIdentity
 from registry.mesh.tls import tls_context
 from tests.support.authority import Authority, FixedSource
@@ -51,7 +52,7 @@ class Fleet:
 
     def __init__(self, policy: EjectionPolicy) -> None:
         self.now = 1_000.0
-        self.pool = Pool("cards", clock=lambda: self.now, policy=policy)
+        self.pool = Pool("cards", clock=lambda: self.now, roster=Roster(policy))
         self.list("abc")
 
     def list(self, names: str) -> None:
@@ -239,6 +240,26 @@ async def test_max_connections() -> None:
 
     assert await seen_by(count, turn(ConnectionOptions, max_connections=2)) == ["ok"] * 6
     assert most == 2
+
+
+async def test_max_instances() -> None:
+    """Calls go to so many of three, as these work."""
+    asked = set()
+
+    async def note(request: bytes, writer: asyncio.StreamWriter) -> bool:
+        asked.add(writer.get_extra_info("sockname"))
+        writer.write(OK)
+        return True
+
+    async with raw_servers(note, note, note) as servers:
+        resolver = StaticResolver(
+            {"cards": [dataclasses.replace(server.instance, id=f"{n}") for n, server in enumerate(servers)]}
+        )
+        options = turn(ConnectionOptions, max_instances=2)
+        async with ServiceDiscoveryClient(resolver, connections=options) as client:
+            for _ in range(30):
+                await client.get("cards", "/")
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(("keepalive", "connections"), [(0.05, 2), (5.0, 1)])

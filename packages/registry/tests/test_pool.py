@@ -1,6 +1,7 @@
 """Ejection rule by rule, the circuit breaker that it carries, and what is left when the registry knows nobody."""
 
 import gc
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +9,24 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from registry import Instance, NoHealthyInstanceError
 from registry.discovery.blame import Failure
 from registry.discovery.endpoint import Endpoint
+from registry.discovery.group import LEAD
 from registry.discovery.options import EjectionPolicy
-from registry.discovery.pool import LEAD, Pool
+from registry.discovery.pool import Pool
+from registry.discovery.roster import Roster
 
 POLICY = EjectionPolicy()
 DOUBT = POLICY.doubt
@@ -48,7 +60,8 @@ class Clock:
 
 
 def instances(names: Sequence[str]) -> tuple[Instance, ...]:
-    return tuple(Instance(name, "cards", "10.0.0.1", 8000 + ord(name[0])) for name in names)
+    """Those with an even letter, as b, are in zone 0, the others in zone 1."""
+    return tuple(Instance(name, "cards", "10.0.0.1", 8000 + ord(name[0]), zone=str(ord(name[0]) % 2)) for name in names)
 
 
 def test_who_is_back_early_can_be_ejected_again() -> None:
@@ -522,7 +535,7 @@ def known_endpoints() -> int:
 def test_memory_is_bounded_over_many_changes() -> None:
     """A thousand changes that replace every instance within a minute: no more is remembered than was meant to be."""
     policy = EjectionPolicy(remember_at_most=500)
-    before, pool = known_endpoints(), Pool("cards", clock=Clock(), policy=policy)
+    before, pool = known_endpoints(), Pool("cards", clock=Clock(), roster=Roster(policy))
     for change in range(1_000):
         pool.update(tuple(Instance(f"i{change}-{n}", "cards", "10.0.0.1", 1 + n) for n in range(50)))
         endpoint = pool.pick((), safe=True)
@@ -555,13 +568,19 @@ class Ejection(RuleBasedStateMachine):
     """Calls, outcomes, changes of the list and time, in any order."""
 
     attempts: Bundle[Attempt] = Bundle("attempts")
+    size = math.inf
+    """How many the caller knows of those that are listed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.pool = Pool("cards", clock=self.clock)
+        self.pool = Pool("cards", clock=self.clock, roster=Roster(size=self.size))
         self.under_way: dict[Endpoint, int] = {}
         self.next_key = 0
+
+    @initialize(zone=st.sampled_from([None, "0"]))
+    def begin(self, zone: str | None) -> None:
+        self.pool = Pool("cards", clock=self.clock, zone=zone, roster=Roster(size=self.size))
 
     @rule(names=st.sets(st.sampled_from("abcdef")))
     def change(self, names: set[str]) -> None:
@@ -579,15 +598,20 @@ class Ejection(RuleBasedStateMachine):
         endpoint = pool.pick(tried, safe=safe)
         if endpoint is None:
             # Somebody is always asked, unless the breaker says until when nobody is.
-            assert set(live) <= set(tried)
+            asked = {endpoint.instance.key for endpoint in tried}
+            assert {each.instance.key for each in live} <= asked
+            assert not live or {each.key for each in pool.snapshot} <= asked | {each.instance.key for each in listed}
             assert tried or not listed or 0 < pool.failing_fast_for <= MAX_REFUSED
             return multiple()
         assert endpoint not in tried
         if endpoint in listed and endpoint.ejected_until and live and endpoint not in due:
             # Ejected and asked while others stand: only when they are too few, and never one that refuses.
-            assert 2 * len(live) < len(listed)
+            assert 2 * len(live) < min(len(listed), self.size)
             assert not endpoint.refusals
-        if endpoint not in listed:
+        if endpoint.instance in pool.snapshot and endpoint not in listed:
+            assert set(live) <= set(tried)
+            assert len(pool.snapshot) > self.size
+        elif endpoint not in listed:
             assert not live
             assert endpoint in [gone for gone, _ in pool.gone.values()]
         self.next_key += 1
@@ -633,16 +657,29 @@ class Ejection(RuleBasedStateMachine):
         live = {endpoint for endpoint in listed if not endpoint.ejected_until}
         assert live <= set(self.pool._candidates) <= set(listed)
         assert bool(self.pool._candidates) is bool(listed)
-        assert [endpoint.instance for endpoint in listed] == list(self.pool.snapshot)
+        assert {endpoint.instance for endpoint in listed} <= set(self.pool.snapshot)
+        # Those outside are for when one of them is ejected.
+        assert len(live) == min(self.size, len(live) + len(self.pool.snapshot) - len(listed))
         assert not self.pool.gone.keys() & self.pool.endpoints.keys()
         assert {endpoint for endpoint, _ in self.pool.gone.values()} == set(self.pool._last_resort)
+
+    @invariant()
+    def zones_are_those_of_the_candidates(self) -> None:
+        zones, candidates = self.pool.zones, self.pool._candidates or self.pool._last_resort
+        if zones is None or not candidates:
+            return
+        near = [each for each in candidates if each.instance.zone == zones.zone]
+        assert candidates.halves is not None
+        assert (candidates.halves.near, len(candidates.halves.far)) == (near, len(candidates) - len(near))
+        assert zones.near.step == 1 / (len(near) or 1)
+        assert all((each.group is zones.near) is (each in near) for each in candidates)
 
     @invariant()
     def figures_stay_in_their_bounds(self) -> None:
         for endpoint in self.pool.endpoints.values():
             assert endpoint.ejected_until <= self.clock.now + MAX_EJECTION
             assert min(endpoint.failures, endpoint.ejections, endpoint.refusals) >= 0
-            assert endpoint.turn <= self.pool._turn + LEAD + 1
+            assert endpoint.turn <= (endpoint.group or self.pool._all).turn + LEAD + 1
             assert 0 <= endpoint.latency(self.clock.now) < float("inf")
         assert self.pool.failing_fast_for <= MAX_REFUSED
 
@@ -655,4 +692,11 @@ class Ejection(RuleBasedStateMachine):
         assert not any(endpoint.ejected_until for endpoint in self.pool.endpoints.values())
 
 
+class EjectionAmongFew(Ejection):
+    """The same for a caller that knows two of up to six."""
+
+    size = 2
+
+
 TestEjection = pytest.mark.real(Ejection.TestCase)
+TestEjectionAmongFew = pytest.mark.real(EjectionAmongFew.TestCase)

@@ -81,5 +81,5 @@ def test_every_type_of_a_public_call_is_exported() -> None:
     assert {f"{kind.__module__}.{kind.__name__}" for kind in used - exported} <= INTERNAL
 
 
-INTERNAL = {"registry.client._HasResolver", "registry.presence.probe.Mesh", "registry.telemetry._Answer"}
+INTERNAL = {"registry.discovery.resolver.HasResolver", "registry.presence.probe.Mesh", "registry.telemetry._Answer"}
 """Protocols that a user fulfils without naming them."""

@@ -231,10 +231,10 @@ async def test_the_view_is_the_same_object_until_it_changes(
     with registered(service_registry, service_name, 2) as ids:
         async with resolving(consul_agent, service_name) as resolver:
             known = resolver.resolve(service_name)
-            heard = resolver._watches[service_name, None].heard_at
+            heard = resolver._watches[service_name, None, None].heard_at
             # A check at the node, or an instance that does not pass, wakes the question but changes nothing.
             service_registry.register_service(service_name, "10.2.2.2", 9, service_id=f"{service_name}-critical")
-            await wait_until(lambda: resolver._watches[service_name, None].heard_at != heard)
+            await wait_until(lambda: resolver._watches[service_name, None, None].heard_at != heard)
             assert resolver.view(service_name).registered == 3
             assert resolver.resolve(service_name) is known
             service_registry.deregister_service(f"{service_name}-critical")

@@ -503,6 +503,18 @@ def test_metadata_that_fills_consul_leaves_no_room_for_ours() -> None:
     assert Registration.of(Settings(meta={"secure": "no"}), "127.0.0.1").meta == {"secure": "no"}
 
 
+def test_a_zone_is_registered_as_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SERVICE_ZONE becomes the metadata zone, which SERVICE_META may overrule; blank is unset, and no name is told."""
+    monkeypatch.setenv("SERVICE_ZONE", "eu-1a")
+    assert Registration.of(Settings(), "127.0.0.1").meta["zone"] == "eu-1a"
+    assert Registration.of(Settings(meta={"zone": "b"}), "127.0.0.1").meta["zone"] == "b"
+    monkeypatch.setenv("SERVICE_ZONE", "")
+    assert "zone" not in Registration.of(Settings(), "127.0.0.1").meta
+    monkeypatch.setenv("SERVICE_ZONE", "eu 1a")
+    with pytest.raises(ValidationError, match="not a zone"):
+        Settings()
+
+
 def test_service_without_name_or_port_is_told() -> None:
     """A service that says neither its name nor its port does not start."""
     with pytest.raises(ValidationError, match=r"(?s)name.*port"):

@@ -38,7 +38,7 @@ async def test_all_that_calls_came_to_is_told(
     """Counts by outcome and reason, the ejection with its cause, the last failure, the view, and the event."""
     one, two = instances(service_name, 2, consul=consul_agent)
     consul = ConsulSettings(host="127.0.0.1", port=consul_agent.http_port)
-    settings = ServiceSettings(name=f"{service_name}-caller", port=free_ports(1)[0], address="127.0.0.1")
+    settings = ServiceSettings(name=f"{service_name}-caller", port=free_ports(1)[0], address="127.0.0.1", zone="a")
     async with lifespan(settings, upstreams=[service_name], consul=consul)(app):
         call = app.state.discovery_client
         two.kill()
@@ -53,6 +53,9 @@ async def test_all_that_calls_came_to_is_told(
         assert (upstream["service"], upstream["tag"], upstream["calls"]) == (service_name, None, {"ok": calls})
         assert upstream["budget"].keys() == {"left", "exhausted"}
         assert upstream["view"]["source"] == consul_agent.url
+        zones = {"own": "a", "kept": 0.0, "spilled": {"zone_few": 1.0}, "own_picks": 0}
+        assert upstream["zones"] == zones | {"other_picks": sum(each["picks"] for each in upstream["endpoints"])}
+        assert {each["zone"] for each in upstream["endpoints"]} == {None}
         seen = {endpoint["id"]: endpoint for endpoint in upstream["endpoints"]}
         left, dead = seen[one.instance.id], seen[two.instance.id]
         assert (left["outcomes"], dead["outcomes"].keys()) == ({"ok": calls}, {"refused"})

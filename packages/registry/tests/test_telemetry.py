@@ -23,9 +23,10 @@ from registry import (
     RetryPolicy,
     StaticResolver,
 )
+from registry.background import background_context, prepare_background
 from registry.discovery.balancing import Candidates
 from registry.discovery.endpoint import Endpoint
-from registry.telemetry import Journal, background_context, prepare_background
+from registry.telemetry import Journal
 from tests.support.raw import OK, raw_servers
 
 Handler = Callable[[httpx.Request], Awaitable[httpx.Response]]

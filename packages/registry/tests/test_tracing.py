@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import SpanKind, StatusCode, TraceState
 
+from registry.background import background_context
 from registry.model import Instance
 from registry.telemetry import (
     AttemptOutcome,
@@ -22,7 +23,6 @@ from registry.telemetry import (
     Event,
     ObservedAttempt,
     ObservedCall,
-    background_context,
 )
 from registry.tracing import TracingObserver
 

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -77,6 +77,36 @@ class Scripted:
 
     async def _sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
+
+
+class Pieces(httpx.AsyncByteStream):
+    """A body that is there already, in many pieces."""
+
+    def __init__(self, body: bytes, count: int) -> None:
+        self._pieces = [body[at : at + len(body) // count] for at in range(0, len(body), len(body) // count)]
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+
+
+async def test_a_long_answer_leaves_others_their_turns() -> None:
+    """Ten thousand instances come packed, and all at once: the loop goes on to others after each piece."""
+    scene, turns = Scripted(), 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(others())
+    whole = said(7, [entry(number) for number in range(100)])
+    headers = {name: value for name, value in whole.headers.items() if name.startswith("x-consul")}
+    await scene.hears(httpx.Response(200, headers=headers, stream=Pieces(whole.content, 50)))
+    other.cancel()
+    assert len(scene.watch.snapshot) == 100
+    assert turns > 50
 
 
 FAULTS: list[httpx.Response | Exception] = [

@@ -139,6 +139,29 @@ def test_who_is_gone_says_why() -> None:
     assert sheet.instances[0].detail == "1 ejected, 1 gone"
 
 
+def test_zones_are_shown_when_there_are_any() -> None:
+    """A column, and a part of the label in the drawing; without a zone anywhere, neither. One may have none."""
+    plain, zoned = compose(picture(3)), compose(picture(3, zones=("eu-1a", "eu-1b")))
+    assert "Zone" not in plain.columns
+    assert zoned.columns.index("Zone") == 2
+    for sheet in (plain, zoned):
+        assert {len(row.cells) for group in sheet.instances for row in group.rows} == {len(sheet.columns)}
+    shown = [row.cells[2].text for row in zoned.instances[0].rows]
+    assert shown == ["eu-1a", "eu-1b", "eu-1a", "–"]
+    labels = [shape.text for shape in zoned.drawing.shapes if shape.tag == "text"]
+    assert f"eu-1b: {instance('backend-api', 1).id}" in labels
+    assert not [shape.text for shape in plain.drawing.shapes if "eu-1" in shape.text]
+
+
+def test_who_is_gone_has_the_zone_that_callers_know() -> None:
+    """Consul offers it no more, and those who called it know where it was."""
+    shown = picture(1, zones=("eu-1a",))
+    gone = replace(shown.outlook.listings[0], passing=(), left_out=(LeftOut(ONE.id, "critical", "critical"),))
+    sheet = compose(replace(shown, outlook=replace(shown.outlook, listings=(gone,))))
+    [row] = sheet.instances[0].rows
+    assert (row.cells[1].text, row.cells[2].text) == ("gone: critical", "eu-1a")
+
+
 def test_an_outage_is_told_with_the_age_of_the_list() -> None:
     """The banner says how old the list is; with nothing known, that nothing is."""
     assert compose(picture(1, outage="no answer")).outage.startswith(

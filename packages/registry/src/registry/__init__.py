@@ -6,7 +6,7 @@ from registry.discovery.balancing import Candidates, Pick, Policy
 from registry.discovery.blame import Failure
 from registry.discovery.call import Terms
 from registry.discovery.endpoint import Endpoint, LastFailure
-from registry.discovery.explanation import EndpointState, Explanation
+from registry.discovery.explanation import EndpointState, Explanation, ZoneState
 from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.peers import Peers
 from registry.discovery.resolver import Resolver, StaticResolver
@@ -84,4 +84,5 @@ __all__ = [
     "Terms",
     "UnsafeAgentError",
     "View",
+    "ZoneState",
 ]

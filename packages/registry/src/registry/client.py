@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, Self, TypeAlias
 
 import httpx
 
@@ -13,7 +13,7 @@ from registry.discovery.options import ConnectionOptions, EjectionPolicy
 from registry.discovery.peers import Peers
 from registry.discovery.redirects import Way
 from registry.discovery.request import Headers, Requests, timeouts_of
-from registry.discovery.resolver import Resolver
+from registry.discovery.resolver import HasResolver, Resolver
 from registry.discovery.retry import RetryPolicy
 from registry.discovery.transport import DiscoveryTransport
 from registry.telemetry import Observer
@@ -24,11 +24,6 @@ __all__ = ["ServiceDiscoveryClient"]
 Seconds: TypeAlias = float | httpx.Timeout | None
 
 
-@runtime_checkable
-class _HasResolver(Protocol):
-    def resolver(self) -> Resolver: ...
-
-
 class ServiceDiscoveryClient:
     """Calls services by name, over connections that it keeps open. Belongs to one event loop; close it when done.
 
@@ -37,11 +32,12 @@ class ServiceDiscoveryClient:
     ``max_retries``: attempts in total, at least 1. Each attempt goes to an instance that the call has not tried. Once
     all have been tried, it waits before the next attempt, for a delay that grows from ``retry_delay`` seconds.
     ``retry``: all of these and more, instead of the last two. ``observer``: see ``registry.telemetry``.
+    ``zone``: where this process runs; instances there are preferred while they have capacity.
     """
 
     def __init__(
         self,
-        registry: "Resolver | _HasResolver",
+        registry: "Resolver | HasResolver",
         timeout: float = 30.0,
         max_retries: int = 3,
         retry_delay: float = 1.0,
@@ -54,12 +50,13 @@ class ServiceDiscoveryClient:
         connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         observer: Observer | None = None,
+        zone: str | None = None,
     ) -> None:
         self._timeout = check_seconds("timeout", timeout)
         self._deadline = 2 * timeout if deadline is None else check_seconds("deadline", deadline)
         self._hedge = hedge
         self._transport = DiscoveryTransport(
-            registry.resolver() if isinstance(registry, _HasResolver) else registry,
+            registry.resolver() if isinstance(registry, HasResolver) else registry,
             retry=retry or RetryPolicy(max_retries, retry_delay),
             ejection=ejection,
             deadline=self._deadline,
@@ -67,6 +64,7 @@ class ServiceDiscoveryClient:
             connections=connections,
             transport=transport,
             observer=observer,
+            zone=zone,
         )
         self.http = httpx.AsyncClient(transport=self._transport, timeout=timeouts_of(timeout), follow_redirects=True)
         """The httpx client over the same transport, for what the facade does not offer: streams, cookies.
@@ -118,15 +116,9 @@ class ServiceDiscoveryClient:
             asked["idempotent"] = idempotent
         asked |= extensions or {}
         tag = asked.get("tag", tag)
+        body = {"content": content, "data": data, "files": files, "json": json}
         request, other = self._requests.build(
-            method,
-            service_name,
-            path,
-            headers=headers,
-            params=params,
-            cookies=cookies,
-            extensions=asked,
-            body={"content": content, "data": data, "files": files, "json": json},
+            method, service_name, path, headers=headers, params=params, cookies=cookies, extensions=asked, body=body
         )
         terms = self._terms(limit, None if tag is None else check_tag(tag), other)
         response = await self._way.send(request, terms, auth, follow_redirects)
@@ -237,6 +229,10 @@ class ServiceDiscoveryClient:
     def use_peers(self, peers: Peers | None) -> None:
         """Calls instances of the mesh by it, unless ``connections`` names others; before the first call."""
         self._transport.use_peers(peers)
+
+    def use_zone(self, zone: str | None) -> None:
+        """Prefers instances of this zone, unless it was made with a ``zone``; before the first call."""
+        self._transport.use_zone(zone)
 
     async def aclose(self) -> None:
         """Closes all connections and ends the watches."""

@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from registry.environment import ConsulEnvironment
 from registry.errors import InvalidInputError
-from registry.validation import check_address, check_port
+from registry.validation import check_address, check_datacenter, check_port
 
 __all__ = ["ConsulSettings"]
 
@@ -57,6 +57,11 @@ class ConsulSettings(BaseSettings):
     socket: Path | None = None
     """The Unix socket on which Consul listens. Host and port are then only used to find this host's address."""
     consistency: Literal["default", "consistent", "stale"] = "default"
+    datacenters: tuple[str, ...] = ()
+    """Where instances of other services are looked for: in the next only while nobody passes in those before it.
+
+    None given: in the agent's own.
+    """
     timeout: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Time limit for one ordinary request to Consul, in seconds."""
     wait: float = Field(default=50.0, ge=1, le=600)
@@ -85,6 +90,16 @@ class ConsulSettings(BaseSettings):
     @classmethod
     def _port(cls, port: int) -> int:
         return check_port(port)
+
+    @field_validator("datacenters", mode="before")
+    @classmethod
+    def _names(cls, names: object) -> object:
+        return tuple(part.strip() for part in names.split(",") if part.strip()) if isinstance(names, str) else names
+
+    @field_validator("datacenters")
+    @classmethod
+    def _datacenters(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_datacenter, names))
 
     @field_validator("token")
     @classmethod

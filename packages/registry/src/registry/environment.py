@@ -24,6 +24,7 @@ _VARIABLES = {
     "host": "CONSUL_HOST",
     "port": "CONSUL_PORT",
     "wait": "CONSUL_WAIT",
+    "datacenters": "CONSUL_DATACENTERS",
     "ca_file": "CONSUL_CACERT",
     "ca_path": "CONSUL_CAPATH",
     "client_cert": "CONSUL_CLIENT_CERT",

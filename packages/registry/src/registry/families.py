@@ -65,6 +65,12 @@ FAMILIES = (
         "Second attempts, sent since the first took long, by whether theirs was the answer",
     ),
     Family(
+        "registry_zone_picks_total",
+        "counter",
+        ("service", "zone"),
+        "How often an instance of the caller's own zone was picked, or of another (own, other); none without a zone",
+    ),
+    Family(
         "registry_ejections_total",
         "counter",
         ("service", "instance", "reason"),
@@ -74,7 +80,7 @@ FAMILIES = (
         "registry_endpoints",
         "gauge",
         ("service", "state"),
-        "Instances: live, ejected, or gone: no longer listed, asked when nobody else is left",
+        "Instances that the process knows: live, ejected, or gone: no longer listed, asked when nobody else is left",
     ),
     Family(
         "registry_endpoints_omitted",

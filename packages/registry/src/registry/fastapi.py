@@ -101,6 +101,7 @@ def lifespan(
             caller = await stack.enter_async_context(make(resolver))
             caller.observe(told)
             caller.use_peers(member.identity)
+            caller.use_zone(settings.zone)
             await resolver.start()
             registrar = Registrar(settings, connection, about=about(app), observer=told, mesh=member)
             stack.enter_context(known(app, registrar=registrar, discovery_client=caller, journal=journal, mesh=member))

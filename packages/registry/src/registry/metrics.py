@@ -109,6 +109,9 @@ class Metrics(Observer, Collector):
         for upstream in upstreams:
             _add(values["registry_retry_budget_exhausted_total"], upstream.budget_exhausted, service)
             _add(values["registry_watch_errors_total"], upstream.view.errors, service)
+            if upstream.zones:
+                _add(values["registry_zone_picks_total"], upstream.zones.own_picks, service, "own")
+                _add(values["registry_zone_picks_total"], upstream.zones.other_picks, service, "other")
             for reason, times in upstream.retries.items():
                 _add(retries, times, service, reason)
             for end, times in upstream.hedges.items():

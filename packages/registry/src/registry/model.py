@@ -30,6 +30,8 @@ class Instance:
     """Share of the traffic relative to the other instances; Consul's ``Weights.Passing``."""
     connect: bool = False
     """It speaks Consul Connect: mutual TLS, with the certificates of the mesh."""
+    zone: str | None = None
+    """Where it runs: what fails together. From its metadata ``zone``, else from Consul's locality. None: unknown."""
 
     @overload
     def __getitem__(self, name: Literal["port", "weight"]) -> int: ...
@@ -41,6 +43,8 @@ class Instance:
     def __getitem__(self, name: Literal["meta"]) -> Mapping[str, str]: ...
     @overload
     def __getitem__(self, name: Literal["connect"]) -> bool: ...
+    @overload
+    def __getitem__(self, name: Literal["zone"]) -> str | None: ...
     @overload
     def __getitem__(self, name: str) -> object: ...
 
@@ -81,8 +85,9 @@ class ServiceHealth:
     """Check id → the output of its last run."""
 
 
-Absence: TypeAlias = Literal["critical", "maintenance", "withdrew", "vanished", "uncallable"]
-"""Its checks fail; an operator's order; it was deregistered; the registry lost it; its entry can't be used."""
+Absence: TypeAlias = Literal["critical", "maintenance", "withdrew", "vanished", "uncallable", "elsewhere"]
+"""Its checks fail; an operator's order; it was deregistered; the registry lost it; its entry can't be used; it is in
+another datacenter, which is not needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +124,5 @@ class View:
     """
     errors: int = 0
     """How many questions the source has not answered."""
+    datacenter: str | None = None
+    """Where the usable instances are, if datacenters were named; None: they were not, or there is nobody."""

@@ -18,6 +18,7 @@ from registry.validation import (
     check_rates,
     check_service,
     check_tag,
+    check_zone,
 )
 
 __all__ = ["ConsulSettings", "ServiceSettings"]
@@ -58,10 +59,12 @@ class ServiceSettings(BaseSettings):
     """The address that callers use; unset: the address from which this host reaches Consul."""
     tags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     meta: dict[str, str] = Field(default_factory=dict)
-    """Takes precedence over the default metadata ``version``, ``metrics_path``, ``state_path`` and ``secure``."""
+    """Takes precedence over the default metadata ``version``, ``zone`` and so on."""
     version: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
     """The version to register; unset: the version of the FastAPI app."""
     weight: int = Field(default=1, ge=1, le=65535)
+    zone: Annotated[str | None, BeforeValidator(_blank_is_unset)] = None
+    """Where this instance runs, registered as the metadata ``zone``; its calls prefer instances there."""
     call_timeout: float = Field(default=30.0, gt=0, le=3_600)
     """Seconds that one attempt of a call to another service may take."""
     call_retries: int = Field(default=3, ge=1, le=100)
@@ -117,6 +120,11 @@ class ServiceSettings(BaseSettings):
     @classmethod
     def _tags(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_tag(tag) for tag in tags)
+
+    @field_validator("zone")
+    @classmethod
+    def _zone(cls, zone: str | None) -> str | None:
+        return None if zone is None else check_zone(zone)
 
     @field_validator("meta")
     @classmethod

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Query, Request
 
 from registry.client import ServiceDiscoveryClient
-from registry.discovery.explanation import EndpointState, Explanation
+from registry.discovery.explanation import EndpointState, Explanation, ZoneState
 from registry.model import View
 from registry.presence.health import ROOT, find_state
 from registry.presence.registrar import Registrar
@@ -64,13 +64,16 @@ def _upstream(explained: Explanation) -> dict[str, Any]:
         "hedges": dict(explained.hedges),
         "budget": {"left": explained.budget_left, "exhausted": explained.budget_exhausted},
         "view": _view(explained.view),
+        "zones": _zones(explained.zones) if explained.zones else None,
         "endpoints": [_endpoint(each) for each in explained.endpoints],
+        "outside": len(explained.outside),
     }
 
 
 def _view(view: View) -> dict[str, Any]:
     return {
         "source": view.source,
+        "datacenter": view.datacenter,
         "age": view.age,
         "changed": view.changed,
         "registered": view.registered,
@@ -80,12 +83,23 @@ def _view(view: View) -> dict[str, Any]:
     }
 
 
+def _zones(zones: ZoneState) -> dict[str, Any]:
+    return {
+        "own": zones.own,
+        "kept": zones.kept,
+        "spilled": dict(zones.spilled),
+        "own_picks": zones.own_picks,
+        "other_picks": zones.other_picks,
+    }
+
+
 def _endpoint(endpoint: EndpointState) -> dict[str, Any]:
     last = endpoint.last_failure
     return {
         "id": endpoint.id,
         "netloc": endpoint.netloc,
         "weight": endpoint.weight,
+        "zone": endpoint.zone,
         "connect": endpoint.connect,
         "in_flight": endpoint.in_flight,
         "latency": endpoint.latency,

@@ -4,7 +4,6 @@ Nothing observes by default, and nothing is then built for it. An observer is gi
 transport, or to a resolver; its methods run on the event loop, within the call: they must not block.
 """
 
-import contextvars
 import logging
 import time
 from collections import deque
@@ -25,8 +24,6 @@ __all__ = [
     "Observer",
     "Observers",
     "PickReason",
-    "background_context",
-    "prepare_background",
 ]
 
 logger = logging.getLogger("registry")
@@ -42,11 +39,22 @@ AttemptOutcome: TypeAlias = Literal[
 ``error``: anything else, as what the source of the body raised.
 """
 PickReason: TypeAlias = Literal[
-    "p2c_cost", "p2c_turn", "policy", "only", "probe", "half_open", "trusted", "last_resort"
+    "p2c_cost",
+    "p2c_turn",
+    "policy",
+    "only",
+    "probe",
+    "half_open",
+    "trusted",
+    "last_resort",
+    "zone_few",
+    "zone_slow",
+    "zone_sample",
 ]
 """Why an instance was picked: the cheaper of two; the one further behind its share of two that cost about the same;
 by another policy; there is only one; to see whether an ejected one is back; likewise, when every one fails; since it
-has not failed lately, for a call that can't be repeated; the registry no longer lists it, and nobody else is left."""
+has not failed lately, for a call that can't be repeated; the registry no longer lists it, and nobody else is left;
+although it is in another zone: as the own one has too few, or is slow; to know how long answers take elsewhere."""
 EventKind: TypeAlias = Literal[
     "joined",
     "left",
@@ -221,22 +229,6 @@ class Journal(Observer):
 
     def __iter__(self) -> Iterator[tuple[int, Event]]:
         return iter(tuple(self._events))
-
-
-_preparations: list[Callable[[], object]] = []
-
-
-def prepare_background(preparation: Callable[[], object]) -> None:
-    """Runs it in the context of every background task that begins from now on, such as a watch."""
-    _preparations.append(preparation)
-
-
-def background_context() -> contextvars.Context:
-    """An empty one: a task that goes on for ever must not carry the trace or the deadline of whoever started it."""
-    context = contextvars.Context()
-    for preparation in _preparations:
-        context.run(preparation)
-    return context
 
 
 def _teller(methods: Sequence[Callable[[Any], None]]) -> Callable[[Any], None]:

@@ -12,12 +12,13 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Self, TypeAlias
 
+from registry.background import prepare_background
 from registry.errors import InvalidInputError
 from registry.extras import extra
 from registry.families import METHODS, OTHER
 from registry.logs import POLLED, set_fields
 from registry.settings import ServiceSettings
-from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer, prepare_background
+from registry.telemetry import Event, ObservedAttempt, ObservedCall, Observer
 from registry.threads import in_daemon_thread
 
 with extra("tracing"):

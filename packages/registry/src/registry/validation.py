@@ -8,6 +8,7 @@ import ipaddress
 import math
 import re
 from collections.abc import Mapping
+from typing import TypeGuard
 from urllib.parse import unquote
 
 from registry.errors import InvalidInputError
@@ -15,6 +16,7 @@ from registry.errors import InvalidInputError
 __all__ = [
     "MAX_META",
     "check_address",
+    "check_datacenter",
     "check_duration",
     "check_headers",
     "check_id",
@@ -25,6 +27,8 @@ __all__ = [
     "check_rates",
     "check_service",
     "check_tag",
+    "check_zone",
+    "is_zone",
 ]
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
@@ -35,6 +39,8 @@ _HEADER = re.compile(r"[!#$%&'*+.^_`|~A-Za-z0-9-]{1,128}", re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9._:+=@-]{1,253}", re.ASCII)
 _META_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _DURATION = re.compile(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h))+", re.ASCII)
+_ZONE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", re.ASCII)
+_DATACENTER = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 _MAX_PATH = 20_000
@@ -108,6 +114,28 @@ def check_meta(meta: dict[str, str]) -> dict[str, str]:
         if not isinstance(value, str) or not _is_text(value) or len(value.encode()) > 512:
             raise InvalidInputError(f"metadata value of {key!r}: pass a string of at most 512 bytes")
     return meta
+
+
+def is_zone(zone: object) -> TypeGuard[str]:
+    """Whether it can name a zone: what Kubernetes takes as the value of a label.
+
+    Source: https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/#syntax-and-character-set
+    """
+    return isinstance(zone, str) and _ZONE.fullmatch(zone) is not None
+
+
+def check_zone(zone: str) -> str:
+    """The name of a zone. Raises: InvalidInputError."""
+    if not is_zone(zone):
+        raise InvalidInputError(f"{zone!r} is not a zone: use letters, digits, '-', '_' and '.', at most 63 of them")
+    return zone
+
+
+def check_datacenter(name: str) -> str:
+    """The name of a datacenter, in lower case as Consul has it. Raises: InvalidInputError."""
+    if not isinstance(name, str) or not _DATACENTER.fullmatch(name):
+        raise InvalidInputError(f"{name!r} is not a datacenter: use letters, digits, '-' and '_', such as 'dc1'")
+    return name.lower()
 
 
 def check_headers(headers: dict[str, str]) -> dict[str, str]:

@@ -142,7 +142,9 @@ def blocking(resolver: Resolver) -> None:
 async def resolvers() -> Resolver:
     """Both kinds fulfil the protocol."""
     static: Resolver = StaticResolver({"cards-api": [Instance("1", "cards-api", "10.0.0.1", 8002)]})
-    live = ConsulResolver(ConsulSettings(), upstreams=["cards-api"], first_answer_timeout=2.0)
+    live = ConsulResolver(
+        ConsulSettings(), upstreams=["cards-api"], first_answer_timeout=2.0, datacenters=["dc1", "dc2"]
+    )
     await live.start()
     assert_type(live.resolve("cards-api", "v1"), Snapshot | None)
     await live.ready("cards-api")

@@ -184,6 +184,7 @@ class _AsyncRequests(_SyncRequests):
                 async for piece in answer.aiter_bytes():
                     beginning += piece[: MOST_EMPTY - len(beginning)]
                     sink.feed(piece)
+                    await asyncio.sleep(0)  # what came at once, unpacked, may be megabytes
             check_rights(answer, beginning)
             if "X-Consul-Index" not in answer.headers:
                 raise ConsulException("an answer without an index")

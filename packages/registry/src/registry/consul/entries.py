@@ -12,7 +12,7 @@ import msgspec
 
 from registry.errors import InvalidInputError
 from registry.model import Instance, Key, LeftOut
-from registry.validation import check_address, check_port
+from registry.validation import check_address, check_port, is_zone
 
 __all__ = ["Known", "broken_entry", "read_entry"]
 
@@ -24,6 +24,7 @@ _MAX_REASON = 200
 class _Node(msgspec.Struct, rename="pascal", gc=False):
     node: Any = None
     address: Any = None
+    locality: Any = None
 
 
 class _Proxy(msgspec.Struct, rename="pascal", gc=False):
@@ -40,6 +41,7 @@ class _Service(msgspec.Struct, rename="pascal", gc=False):
     meta: Any = None
     weights: Any = None
     connect: Any = None
+    locality: Any = None
     proxy: _Proxy | None = None
 
 
@@ -120,7 +122,18 @@ def _instance(entry: _Entry) -> Instance:
         meta=_meta(tuple(pair for pair in meta.items() if isinstance(pair[1], str)) if isinstance(meta, dict) else ()),
         weight=min(weight, _MAX_WEIGHT) if type(weight) is int and weight >= 1 else 1,
         connect=proxy or (isinstance(connect, dict) and connect.get("Native") is True),
+        zone=_zone(meta, service.locality, entry.node.locality),
     )
+
+
+def _zone(meta: Any, *localities: Any) -> str | None:
+    """The first that names one: the metadata that this package writes, then Consul's own word of service and node.
+
+    Source: https://developer.hashicorp.com/consul/docs/reference/agent/configuration-file/general#locality
+    """
+    named = [meta.get("zone") if isinstance(meta, dict) else None]
+    named += [locality.get("Zone") for locality in localities if isinstance(locality, dict)]
+    return next((sys.intern(zone) for zone in named if is_zone(zone)), None)
 
 
 def _address(address: Any) -> str:

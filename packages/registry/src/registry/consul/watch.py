@@ -61,10 +61,12 @@ class Watch:
         observers: Observers | None = None,
         *,
         mesh: bool = False,
+        datacenter: str | None = None,
     ) -> None:
-        """``mesh``: only of those who speak Consul Connect for it."""
+        """``mesh``: only of those who speak Consul Connect for it. ``datacenter``: None: the agent's own."""
         self._consul = consul
         self._mesh = mesh
+        self._where = [] if datacenter is None else [("dc", datacenter)]
         self._service = service
         self._tag = tag
         self._sleep = sleep
@@ -132,7 +134,7 @@ class Watch:
 
     async def _ask(self) -> tuple[int, Listing]:
         """Consul's answer and its index; with an index known, it comes when something changed."""
-        params: list[tuple[str, str]] = []
+        params = [*self._where]
         if self._index:
             params += [("index", str(self._index)), ("wait", f"{WAIT}s")]
         elif self._consul.settings.consistency == "default":
@@ -148,11 +150,12 @@ class Watch:
                 )
             except UnprovenEmptyError as unproven:
                 await http.get(CB.json(), right_path(self._service))
-                if not await http.get(CB.json(), "/v1/catalog/nodes"):
+                if not await http.get(CB.json(), "/v1/catalog/nodes", self._where):
                     raise
                 return int(unproven.index), Listing.of(())
         index, listing = int(raw_index), reader.listing()
         self._known = reader.known
+        await asyncio.sleep(0)  # that took milliseconds if instances are many, and so does what follows
         return index, listing
 
     async def _query(self) -> None:
@@ -194,7 +197,8 @@ class Watch:
         lost = set(nodes[MAX_NODES:])
         for node in nodes[:MAX_NODES]:
             with consul_errors(self._consul.settings):
-                known = await self._consul.http.get(CB.json(), f"/v1/catalog/node/{quote(node, safe='')}")
+                path = f"/v1/catalog/node/{quote(node, safe='')}"
+                known = await self._consul.http.get(CB.json(), path, self._where)
             if known is None:
                 lost.add(node)
         return lost

@@ -4,29 +4,69 @@ Nothing here blocks, locks or sends; a clock reading is the only input besides w
 """
 
 import random
-from bisect import bisect
-from collections.abc import Callable, Sequence
+from bisect import bisect, bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
 from registry.discovery.endpoint import Endpoint
 from registry.errors import InvalidInputError
+from registry.model import Key
 from registry.telemetry import PickReason
 
 __all__ = ["Candidates", "Pick", "Policy", "named_pick", "power_of_two_choices", "random_choice", "round_robin"]
 
 
+_FEW = 64
+"""Changes up to which each is made in its place; more are sorted in together."""
+
+
 class Candidates(list[Endpoint]):
-    """The endpoints that may be picked, never empty when a policy sees them; built once per change, not per call."""
+    """The endpoints that may be picked, never empty when a policy sees them; changed in place, not built per call.
+
+    In the order in which they were given, or by key once they are updated.
+    """
 
     def __init__(self, endpoints: Sequence[Endpoint] = ()) -> None:
         super().__init__(endpoints)
-        weights = [endpoint.instance.weight for endpoint in endpoints]
-        self.weight = sum(weights)
+        self._members = set(endpoints)
+        self._weights = Counter(endpoint.instance.weight for endpoint in endpoints)
+        self._cumulative = self._accumulated()
+        self.weight = sum(endpoint.instance.weight for endpoint in endpoints)
         """All weights together."""
-        self._cumulative = list(accumulate(weights)) if len(set(weights)) > 1 else None
-        self.reason: PickReason = "only" if len(weights) == 1 else "policy"
+        self.reason: PickReason = "only" if len(self) == 1 else "policy"
         """Why the last pick fell on whom it did; a policy may say."""
+        self.halves: Halves | None = None
+        """By zones, where that has been asked for."""
+
+    def update(self, added: Iterable[Endpoint], removed: Iterable[Endpoint]) -> bool:
+        """Takes these in and those out, unless that is so already; they must all be by key. Whether anything changed.
+
+        A weight must not change while its endpoint is in here.
+        """
+        joined, left = set(added) - self._members, self._members.intersection(removed)
+        if not joined and not left:
+            return False
+        if len(joined) + len(left) > _FEW:
+            self[:] = sorted([endpoint for endpoint in self if endpoint not in left] + [*joined], key=_by_key)
+        else:
+            for endpoint in left:
+                del self[bisect_left(self, endpoint.instance.key, key=_by_key)]
+            for endpoint in joined:
+                insort(self, endpoint, key=_by_key)
+        self._members -= left
+        self._members |= joined
+        for weight in [endpoint.instance.weight for endpoint in left]:
+            self._weights[weight] -= 1
+            if not self._weights[weight]:
+                del self._weights[weight]
+        self._weights.update(endpoint.instance.weight for endpoint in joined)
+        self.weight = sum(weight * count for weight, count in self._weights.items())
+        self._cumulative, self.halves = self._accumulated(), None
+        self.reason = "only" if len(self) == 1 else "policy"
+        return True
 
     def sample(self) -> Endpoint:
         """Any of them, each with a chance in proportion to its weight."""
@@ -43,8 +83,26 @@ class Candidates(list[Endpoint]):
 
     def _index(self) -> int:
         if self._cumulative is not None:
-            return bisect(self._cumulative, random.random() * self._cumulative[-1])
+            return bisect(self._cumulative, random.random() * self.weight)
         return int(random.random() * len(self))
+
+    def _accumulated(self) -> list[int] | None:
+        """None: the weights are equal."""
+        return list(accumulate(endpoint.instance.weight for endpoint in self)) if len(self._weights) > 1 else None
+
+
+def _by_key(endpoint: Endpoint) -> Key:
+    return endpoint.instance.key
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """Those of the caller's own zone, and all others."""
+
+    near: Candidates
+    far: Candidates
+    share: float
+    """The part of the calls that the own zone has instances for."""
 
 
 Pick = Callable[[Candidates, float], Endpoint]

@@ -6,6 +6,7 @@ Nothing here blocks, locks or sends.
 import math
 from dataclasses import dataclass, field
 
+from registry.discovery.group import Group
 from registry.discovery.options import EjectionPolicy
 from registry.model import Instance
 from registry.telemetry import AttemptOutcome, PickReason
@@ -53,6 +54,7 @@ class Endpoint:
         "ejections",
         "failed_at",
         "failures",
+        "group",
         "instance",
         "last_failure",
         "reason",
@@ -70,6 +72,8 @@ class Endpoint:
         """One entry per attempt under way, oldest first: its start."""
         self.reason: PickReason = "policy"
         """Why it was picked last."""
+        self.group: Group | None = None
+        """Those of its zone, where zones count: they hear how long it takes."""
         self.turn = 0.0
         """How far it is with its share of the picks: each one moves it on by 1 / weight."""
         self.failures = 0
@@ -194,6 +198,10 @@ class Endpoint:
             return max(decayed, now - next(iter(self.started.values())))
         return decayed
 
+    def silence(self, now: float) -> float:
+        """Seconds for which it has answered nothing, though asked; 0: it is not asked."""
+        return now - max(self._updated, next(iter(self.started.values()))) if self.started else 0.0
+
     def observe(self, seconds: float, now: float) -> None:
         """An answer took so long."""
         weight = self._weight(now)
@@ -204,6 +212,8 @@ class Endpoint:
             self._peaks = max(self._peaks - 1, 0)
         self._latency = max(seconds, decayed + seconds * (1 - weight))
         self._updated = now
+        if self.group is not None:
+            self.group.observe(seconds, now)
 
     def avoid(self, seconds: float, now: float) -> None:
         """It failed after so long, for no reason that speaks against it: to fail quickly must not attract calls."""

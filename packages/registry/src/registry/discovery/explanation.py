@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from registry.discovery.endpoint import Endpoint, LastFailure
+from registry.discovery.zones import ZoneState
 from registry.model import LeftOut, View
 from registry.telemetry import AttemptOutcome, CallOutcome, PickReason
 
-__all__ = ["EndpointState", "Explanation"]
+__all__ = ["EndpointState", "Explanation", "ZoneState"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,8 @@ class EndpointState:
     id: str
     netloc: str
     weight: int
+    zone: str | None
+    """Where it runs; None: unknown."""
     connect: bool
     """Whether it is called over mutual TLS, and has to prove who it is."""
     in_flight: int
@@ -49,6 +52,7 @@ class EndpointState:
             id=endpoint.instance.id,
             netloc=endpoint.instance.netloc,
             weight=endpoint.instance.weight,
+            zone=endpoint.instance.zone,
             connect=endpoint.instance.connect,
             in_flight=endpoint.in_flight,
             latency=endpoint.latency(now),
@@ -85,8 +89,15 @@ class Explanation:
     """How many retries may follow at once."""
     budget_exhausted: int
     """How many retries there was no budget for."""
+    zones: ZoneState | None
+    """How far calls stay in the own zone; None: no zone was named, so that those of all zones are equal."""
     departed: Mapping[str, Mapping[AttemptOutcome, int]]
     """How attempts ended at those who are not among the endpoints any more, but were a minute ago, by their ids."""
+    outside: tuple[str, ...] = ()
+    """Ids of those that are listed too, and not called while enough of the ``endpoints`` work, in order.
+
+    A caller knows ``ConnectionOptions.max_instances``, and one more for each of them that is ejected.
+    """
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:

@@ -4,7 +4,7 @@ Otherwise what came of the last attempts would never be read, each time that an 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping
 
 from registry.discovery.endpoint import Counts
 from registry.model import Key
@@ -31,15 +31,16 @@ class Ledger:
         self._left.pop(key, None)
         return self._counts.setdefault(key, Counts())
 
-    def keep(self, known: Set[Key], now: float) -> None:
-        """These are known now. Who is not any more is forgotten in a while."""
-        for key in self._left.keys() & known:
-            del self._left[key]
-        for key in self._counts.keys() - known - self._left.keys():
-            self._left[key] = now
-        for key in [key for key, since in self._left.items() if now - since > KEEP]:
-            self._forget(key)
-        while len(self._left) > MOST:
+    def leave(self, keys: Iterable[Key], now: float) -> None:
+        """These are not called any more; they are forgotten in a while."""
+        for key in keys:
+            if key in self._counts:
+                self._left.setdefault(key, now)
+        self.expire(now)
+
+    def expire(self, now: float) -> None:
+        """Forgets whose time is over."""
+        while self._left and (len(self._left) > MOST or now - next(iter(self._left.values())) > KEEP):
             self._forget(next(iter(self._left)))
 
     @property

@@ -15,6 +15,12 @@ class ConnectionOptions:
 
     max_connections: int = 500
     """Maximum number of open connections, to all instances together; further callers queue in order of arrival."""
+    max_instances: int = 250
+    """So many instances of a service a caller knows: it sends to these only, as long as they work.
+
+    Which ones differs from caller to caller; one that fails or leaves is replaced by another at once. For each tag that
+    calls ask for, it is so many again.
+    """
     keepalive: float = 4.0
     """Seconds to keep an idle connection. Below uvicorn's 5, so that no request meets a connection just closed."""
     max_header_size: int = 65_536

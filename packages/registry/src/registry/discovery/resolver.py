@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 from registry.errors import ServiceNotFoundError
 from registry.model import Instance, Snapshot, View
 
-__all__ = ["Resolver", "StaticResolver"]
+__all__ = ["HasResolver", "Resolver", "StaticResolver"]
 
 
 @runtime_checkable
@@ -36,6 +36,13 @@ class Resolver(Protocol):
     async def aclose(self) -> None:
         """Closes connections and ends background tasks."""
         ...
+
+
+@runtime_checkable
+class HasResolver(Protocol):
+    """Can make one, as a ServiceRegistry can."""
+
+    def resolver(self) -> Resolver: ...
 
 
 class StaticResolver:

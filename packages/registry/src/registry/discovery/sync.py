@@ -40,6 +40,7 @@ class SyncDiscoveryTransport(httpx.BaseTransport):
         ejection: EjectionPolicy | None = None,
         connections: ConnectionOptions | None = None,
         observer: Observer | None = None,
+        zone: str | None = None,
     ) -> None:
         """The options mean what they mean to DiscoveryTransport. ``resolver``: not used on any other event loop.
 
@@ -55,6 +56,7 @@ class SyncDiscoveryTransport(httpx.BaseTransport):
                 ejection=ejection,
                 connections=connections,
                 observer=observer,
+                zone=zone,
             )
 
         self._make, self._engine = engine, engine()

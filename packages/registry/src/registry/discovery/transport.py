@@ -20,11 +20,12 @@ from registry.discovery.peers import Peers
 from registry.discovery.pool import Pool
 from registry.discovery.resolver import Resolver
 from registry.discovery.retry import RetryPolicy
+from registry.discovery.roster import Roster
 from registry.discovery.sender import H11Sender, HttpxSender, Sender
 from registry.discovery.upstream import Upstream
 from registry.errors import InvalidInputError, RegistryError
 from registry.telemetry import Observer, Observers
-from registry.validation import check_known_service, check_service
+from registry.validation import check_known_service, check_service, check_zone
 
 __all__ = ["DiscoveryTransport"]
 
@@ -54,12 +55,13 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         connections: ConnectionOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         observer: Observer | None = None,
+        zone: str | None = None,
     ) -> None:
         """``deadline``: time limit in seconds for all attempts of a call together, until the response headers arrive.
 
         ``policy``: ``"p2c"``, ``"random"``, ``"round_robin"`` or a function. ``connections``: options of the built-in
         connections to instances. ``transport``: an httpx transport to use instead of those. ``observer``: is told of
-        calls, attempts, and what happens to instances (``registry.telemetry``).
+        calls, attempts, and what happens to instances (``registry.telemetry``). ``zone``: where this process runs.
         """
         self.observers = Observers(observer)
         self._resolver = resolver
@@ -67,6 +69,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         self._deadline = math.inf if deadline is None else deadline
         self._policy: Policy = policy
         self._ejection = ejection or EjectionPolicy()
+        self._zone: str | None = None
+        self.use_zone(zone)
         self._upstreams: dict[tuple[str, str | None], Upstream] = {}
         self._connections, self._inner = connections or ConnectionOptions(), transport
         self._sender = self._new_sender()
@@ -115,6 +119,11 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         if self._connections.peers is None:
             self._connections = replace(self._connections, peers=peers)
             self._sender = self._new_sender()
+
+    def use_zone(self, zone: str | None) -> None:
+        """Prefers instances of this zone, unless it was made with a ``zone``; before the first call."""
+        if self._zone is None and zone is not None:
+            self._zone = check_zone(zone)
 
     def _new_sender(self) -> Sender:
         return H11Sender(self._connections) if self._inner is None else HttpxSender(self._inner, self._connections)
@@ -207,7 +216,8 @@ class DiscoveryTransport(httpx.AsyncBaseTransport):
         upstream = self._upstreams.get((service, tag))
         if upstream is None:
             check(service)
-            pool = Pool(service, named_pick(self._policy), policy=self._ejection, observers=self.observers)
+            roster = Roster(self._ejection, self._connections.max_instances)
+            pool = Pool(service, named_pick(self._policy), time.monotonic, self.observers, self._zone, roster)
             upstream = Upstream(self._resolver, pool, tag, self._retry, self.observers)
             self._upstreams = {key: known for key, known in self._upstreams.items() if known.pool.knows_any}
             self._upstreams[service, tag] = upstream

@@ -96,22 +96,21 @@ class Upstream:
 
     def _nobody(self) -> None:
         """Nobody is listed, but those who are lost may still answer."""
-        if self.pool.snapshot or self._view().lost is not self.pool.lost:
+        if self.pool.snapshot or self._view().lost != self.pool.gone.lost:
             self._update(())
 
     def _update(self, snapshot: Snapshot) -> None:
-        view, before = self._view(), self.pool.endpoints
-        self.pool.update(snapshot, view.lost)
+        view, service = self._view(), self.pool.service
+        change = self.pool.update(snapshot, view.lost)
         if not self.observers.of_events:
             return
-        after, service = self.pool.endpoints, self.pool.service
-        for key in after.keys() - before.keys():
-            self.observers.happened(Event("joined", service, key[0]))
-        why = {left.id: left for left in view.left_out}
-        for key in before.keys() - after.keys():
-            left = why.get(key[0])
+        for instance in change.joined.values():
+            self.observers.happened(Event("joined", service, instance.id))
+        why = {left.id: left for left in view.left_out} if change.left else {}
+        for instance in change.left.values():
+            left = why.get(instance.id)
             self.observers.happened(
-                Event("left", service, key[0], left.kind if left else "vanished", left.reason if left else "")
+                Event("left", service, instance.id, left.kind if left else "vanished", left.reason if left else "")
             )
 
     def _view(self) -> View:
@@ -126,8 +125,8 @@ class Upstream:
                 self._update(snapshot)
         except RegistryError:
             self._nobody()
-        pool.ledger.keep(pool.endpoints.keys() | pool.gone.keys(), now)
-        listed = [EndpointState.of(endpoint, now, listed=True) for endpoint in pool.endpoints.values()]
+        pool.ledger.expire(now)
+        listed = [EndpointState.of(endpoint, now, listed=True) for _, endpoint in sorted(pool.endpoints.items())]
         gone = [EndpointState.of(endpoint, now, listed=False) for endpoint, _ in pool.gone.values()]
         return Explanation(
             service=pool.service,
@@ -140,5 +139,7 @@ class Upstream:
             hedges=dict(self.hedges),
             budget_left=self.budget.left(),
             budget_exhausted=self.budget.exhausted,
+            zones=pool.zones.state(now) if pool.zones else None,
             departed=pool.ledger.departed,
+            outside=tuple(sorted([instance.id for instance in pool.roster.ranking.outside()])),
         )

@@ -11,13 +11,13 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
+from registry.background import background_context
 from registry.errors import RegistryError, RegistryUnavailableError, UnsafeAgentError
 from registry.mesh.agent import AgentSource
 from registry.mesh.settings import MeshSettings
 from registry.mesh.source import IdentitySource, Leaf, Roots, keep_taking
 from registry.mesh.tls import Connection, peer_uri, tls_context
 from registry.settings import ConsulSettings
-from registry.telemetry import background_context
 from registry.validation import check_service
 
 __all__ = ["AgentSource", "IdentitySource", "Leaf", "MeshIdentity", "Roots", "choose_source"]

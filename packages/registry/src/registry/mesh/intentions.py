@@ -11,12 +11,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from registry.background import background_context
 from registry.consul.changes import Answer, changes
 from registry.consul.connection import AsyncConsul
 from registry.errors import RegistryError
 from registry.mesh.source import keep_taking
 from registry.settings import ConsulSettings
-from registry.telemetry import background_context
 from registry.validation import check_service
 
 __all__ = ["Intentions"]

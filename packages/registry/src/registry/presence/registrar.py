@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Mapping
 
+from registry.background import background_context
 from registry.backoff import Backoff
 from registry.consul.connection import AsyncConsul
 from registry.presence.addresses import address_towards, is_ours, leads_astray
@@ -14,7 +15,7 @@ from registry.presence.registration import Registration
 from registry.presence.siblings import PAUSE, Siblings
 from registry.presence.standing import Standing
 from registry.settings import ConsulSettings, ServiceSettings
-from registry.telemetry import Observer, background_context
+from registry.telemetry import Observer
 from registry.validation import check_meta
 
 __all__ = ["Registrar"]

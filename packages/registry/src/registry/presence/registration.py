@@ -80,14 +80,15 @@ class Registration:
         said = {**(about or {}), "secure": "true" if scheme == "https" else "false"}
         if service.version is not None:
             said["version"] = service.version
-        if len(service.meta.keys() | said) > MAX_META:
+        given = ({} if service.zone is None else {"zone": service.zone}) | service.meta
+        if len(given.keys() | said) > MAX_META:
             said = {}
         registration = cls(
             name=service.name,
             address=address,
             port=service.port,
             tags=service.tags,
-            meta={**said, **service.meta},
+            meta={**said, **given},
             weight=service.weight,
             health_check_interval=f"{service.health_check_interval:g}s",
             # A hung health endpoint blocks the whole agent for this long.

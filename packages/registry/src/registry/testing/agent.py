@@ -17,6 +17,7 @@ import httpx
 
 from registry.testing.acl import Acl
 from registry.testing.binary import ConsulNotFoundError, find_consul
+from registry.testing.configuration import server_configuration
 from registry.testing.ports import free_ports, is_free
 
 __all__ = ["ConsulAgent", "ConsulNotFoundError", "ConsulStartError", "find_consul", "running_agent"]
@@ -53,10 +54,18 @@ class ConsulAgent:
     """
 
     def __init__(
-        self, binary: Path, directory: Path, http_port: int | None, *, acl: bool, in_memory: bool = False
+        self,
+        binary: Path,
+        directory: Path,
+        http_port: int | None,
+        *,
+        acl: bool,
+        in_memory: bool = False,
+        datacenter: str = "dc1",
+        joins: "ConsulAgent | None" = None,
     ) -> None:
         """Settle ports and configuration; no agent runs before `start`."""
-        free_port, self.dns_port, self.grpc_port, serf_port, server_port = free_ports(5)
+        free_port, self.dns_port, self.grpc_port, serf_port, server_port, self.wan_port = free_ports(6)
         self.http_port = http_port or free_port
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.token = str(uuid.uuid4()) if acl else None
@@ -65,6 +74,7 @@ class ConsulAgent:
         self._data = directory / "data"
         self._log = directory / "consul.log"
         self._configuration = directory / "agent.json"
+        self._datacenter, self._joins = datacenter, joins
         self._configuration.write_text(json.dumps(self._settings(serf_port, server_port)))
         self._process: subprocess.Popen[bytes] | None = None
         self._guard = subprocess.Popen(
@@ -148,37 +158,10 @@ class ConsulAgent:
         self._guard.wait()
 
     def _settings(self, serf_port: int, server_port: int) -> dict[str, object]:
-        # With -dev the data directory is ignored, and a restart forgets everything; but the server elects itself at
-        # once. Otherwise it waits for others first, for one or two seconds.
-        settings: dict[str, object] = {
-            "server": True,
-            "bootstrap": True,
-            "bind_addr": "127.0.0.1",
-            "client_addr": "127.0.0.1",
-            "data_dir": str(self._data),
-            "ports": {
-                "http": self.http_port,
-                "dns": self.dns_port,
-                "serf_lan": serf_port,
-                "server": server_port,
-                "grpc": self.grpc_port,
-                **dict.fromkeys(("serf_wan", "https", "grpc_tls"), -1),
-            },
-            "performance": {"raft_multiplier": 1},
-            # The output of a check is seen at once, not with the next change of its status.
-            "check_update_interval": "0s",
-            "disable_update_check": True,
-            "log_level": "INFO",
-            "ui_config": {"enabled": True},
-        }
-        if self.token is not None:
-            settings["acl"] = {
-                "enabled": True,
-                "default_policy": "deny",
-                # Without a token of its own, an agent answers 200 to a deregistration and does nothing.
-                "tokens": {"initial_management": self.token, "agent": self.token},
-            }
-        return settings
+        ports = {"http": self.http_port, "dns": self.dns_port, "grpc": self.grpc_port, "serf_wan": self.wan_port}
+        ports |= {"serf_lan": serf_port, "server": server_port}
+        join_wan = self._joins.wan_port if self._joins else None
+        return server_configuration(self._data, ports, self._datacenter, join_wan, self.token)
 
     def _wait_until_leading(self, process: subprocess.Popen[bytes]) -> None:
         # A consistent read is answered only by a leader that has replayed its log; before that, a restarted
@@ -226,13 +209,20 @@ class ConsulAgent:
 
 @contextmanager
 def running_agent(
-    *, http_port: int | None = None, acl: bool = False, binary: Path | None = None, in_memory: bool = False
+    *,
+    http_port: int | None = None,
+    acl: bool = False,
+    binary: Path | None = None,
+    in_memory: bool = False,
+    datacenter: str = "dc1",
+    joins: ConsulAgent | None = None,
 ) -> Iterator[ConsulAgent]:
     """Runs a Consul agent with its UI, on loopback only; stops it and removes its data when the context ends.
 
     It also ends when this process is interrupted, terminated or killed. ``http_port=None``: a free port;
     ``acl=True``: denies by default, and sets a bootstrap token; ``binary=None``: uses `find_consul`;
-    ``in_memory=True``: starts two seconds sooner, and forgets everything when it is stopped.
+    ``in_memory=True``: starts two seconds sooner, and forgets everything when it is stopped. ``joins``: an agent of
+    another datacenter; soon after the start, each answers questions about the other's.
     Blocks for about three seconds; the first time on a machine, for minutes if Consul has to be obtained.
 
     Raises: ConsulNotFoundError, ConsulStartError.
@@ -241,7 +231,7 @@ def running_agent(
         raise ConsulStartError(f"Port {http_port} is taken by another program: stop it, or choose another port.")
     binary = binary or find_consul()
     directory = Path(tempfile.mkdtemp(prefix="consul-agent-"))
-    agent = ConsulAgent(binary, directory, http_port, acl=acl, in_memory=in_memory)
+    agent = ConsulAgent(binary, directory, http_port, acl=acl, in_memory=in_memory, datacenter=datacenter, joins=joins)
     try:
         agent.start()
         yield agent

@@ -54,7 +54,7 @@ class Catalog:
     def __init__(self, settings: ConsulSettings, changed: Callable[[], None]) -> None:
         wait = min(WAIT, settings.wait)
         self._resolver = ConsulResolver(
-            settings.model_copy(update={"wait": wait}),
+            settings.model_copy(update={"wait": wait, "datacenters": ()}),
             max_watches=MAX_SERVICES,
             first_answer_timeout=FIRST_ANSWER,
             observer=_Bell(changed),

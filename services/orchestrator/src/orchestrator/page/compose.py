@@ -6,7 +6,7 @@ from orchestrator.page.drawing import draw
 from orchestrator.page.journal import Entry
 from orchestrator.page.sheet import Choice, Group, Line, Sheet, Tone
 from orchestrator.page.sight import Picture, uses, whole
-from orchestrator.page.tables import instance_groups, tally, use_rows
+from orchestrator.page.tables import instance_columns, instance_groups, tally, use_rows
 from orchestrator.page.words import clock
 
 __all__ = ["compose"]
@@ -28,7 +28,8 @@ LINES = 100
 def compose(picture: Picture, caller: str = "") -> Sheet:
     """``caller``: an instance's id; empty: all of them."""
     services, using = whole(picture.outlook, picture.told, caller), list(uses(picture.told, caller))
-    groups = instance_groups(services)
+    zoned = any(seen.zone for instances in services.values() for seen in instances)
+    groups = instance_groups(services, zoned=zoned)
     return Sheet(
         epoch=picture.epoch,
         number=picture.number,
@@ -38,6 +39,7 @@ def compose(picture: Picture, caller: str = "") -> Sheet:
         outage=_outage(picture),
         summary=_summary(groups),
         freshness=_freshness(picture),
+        columns=instance_columns(zoned=zoned),
         instances=groups,
         calls=use_rows(using),
         disagreements=picture.disagreements,

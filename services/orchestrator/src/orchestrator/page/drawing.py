@@ -52,7 +52,7 @@ def draw(services: Mapping[str, Sequence[Seen]], using: Sequence[Use]) -> Drawin
 
 
 def _instances(service: str, instances: Sequence[Seen]) -> list[tuple[str, str, Cell]]:
-    found = [(seen.key, seen.id, condition(seen)) for seen in instances]
+    found = [(seen.key, f"{seen.zone}: {seen.id}" if seen.zone else seen.id, condition(seen)) for seen in instances]
     if len(found) <= MOST:
         return found or [(f"{service} nobody", "nobody", Cell(text="", tone="gone"))]
     # Those with something to tell come first.
@@ -81,7 +81,7 @@ def _heading(lane: str) -> Shape:
 def _box(lane: str, key: str, label: str, middle: float, cell: Cell) -> list[Shape]:
     x, width = LANES[lane]
     frame = {"x": f"{x}", "y": f"{middle - HEIGHT / 2:.1f}", "width": f"{width}", "height": f"{HEIGHT}", "rx": "4"}
-    text = shorten(label, round(width / 6.6))
+    text = shorten(label, round((width - 16) / 6.6))
     mark = {"ejected": "✕ ", "gone": "– ", "doubtful": "? "}.get(cell.tone, "")
     place = {"x": f"{x + 8}", "y": f"{middle + 4:.1f}"}
     return [

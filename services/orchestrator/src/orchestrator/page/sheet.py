@@ -94,6 +94,8 @@ class Sheet(_Part):
     """Why Consul can't be asked; empty: it can."""
     summary: str
     freshness: str
+    columns: tuple[str, ...]
+    """Headings of the table of instances."""
     instances: tuple[Group, ...]
     calls: tuple[Row, ...]
     disagreements: tuple[Line, ...]

@@ -61,6 +61,13 @@ class Seen:
     sightings: list[Sighting] = field(default_factory=list)
 
     @property
+    def zone(self) -> str:
+        """Where it runs, by what Consul says, or else its callers; empty: unknown."""
+        zones = [self.instance.zone if self.instance else None]
+        zones += [sighting.endpoint.zone for sighting in self.sightings]
+        return next((zone for zone in zones if zone), "")
+
+    @property
     def key(self) -> str:
         """Names it on the page."""
         return f"{self.service} {self.id} {self.netloc}"

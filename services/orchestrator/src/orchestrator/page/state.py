@@ -38,6 +38,8 @@ class Endpoint(BaseModel):
 
     id: _Text
     netloc: _Text
+    zone: _Text | None = None
+    """Where it runs; None: unknown, or told by an older release."""
     in_flight: _Count
     latency: _Seconds
     picks: _Count

@@ -6,7 +6,7 @@ from orchestrator.page.sheet import Cell, Group, Row, Tone
 from orchestrator.page.sight import Seen, Sighting, Use
 from orchestrator.page.words import added, clock, counts, per_second, reasons, seconds, whole_number
 
-__all__ = ["condition", "instance_groups", "tally", "use_rows"]
+__all__ = ["condition", "instance_columns", "instance_groups", "tally", "use_rows"]
 
 _GONE = {
     "critical": "gone: critical",
@@ -49,12 +49,21 @@ def _ejected(ejecting: Sequence[Sighting], callers: int) -> Cell:
     return Cell(text=f"ejected: {', '.join(why)}", detail=f"{who}, {until}", tone="ejected")
 
 
-def instance_groups(services: Mapping[str, Sequence[Seen]]) -> tuple[Group, ...]:
+def instance_columns(*, zoned: bool) -> tuple[str, ...]:
+    """The headings. ``zoned``: with the zone of each instance, as there are any zones."""
+    zone = ("Zone",) if zoned else ()
+    return "Instance", "State", *zone, "Share of picks, last 10 s", "Picks, and why", *_FIGURES
+
+
+_FIGURES = ("In flight", "Latency", "Attempts ended", "Last failure (UTC)")
+
+
+def instance_groups(services: Mapping[str, Sequence[Seen]], *, zoned: bool) -> tuple[Group, ...]:
     """One group of rows for each service."""
-    return tuple(_group(service, instances) for service, instances in services.items())
+    return tuple(_group(service, instances, zoned) for service, instances in services.items())
 
 
-def _group(service: str, instances: Sequence[Seen]) -> Group:
+def _group(service: str, instances: Sequence[Seen], zoned: bool) -> Group:
     recent = {seen.key: sum(_recent_picks(seen)) for seen in instances}
     total = sum(recent.values())
     found = [(seen, condition(seen)) for seen in instances]
@@ -62,7 +71,7 @@ def _group(service: str, instances: Sequence[Seen]) -> Group:
         key=service,
         heading=service,
         detail=tally(cell.tone for _, cell in found) or "nobody",
-        rows=tuple(_row(seen, cell, recent[seen.key] / total if total else None) for seen, cell in found),
+        rows=tuple(_row(seen, cell, recent[seen.key] / total if total else None, zoned) for seen, cell in found),
     )
 
 
@@ -78,7 +87,7 @@ def _recent_picks(seen: Seen) -> Iterable[int]:
             yield sighting.use.rates.picks.get(sighting.endpoint.spot, 0)
 
 
-def _row(seen: Seen, state: Cell, share: float | None) -> Row:
+def _row(seen: Seen, state: Cell, share: float | None, zoned: bool) -> Row:
     endpoints = [sighting.endpoint for sighting in seen.sightings]
     told = seen.told.state if seen.told else None
     about = [seen.netloc, told.instance.version if told else "", *(seen.instance.tags if seen.instance else ())]
@@ -91,6 +100,7 @@ def _row(seen: Seen, state: Cell, share: float | None) -> Row:
         cells=(
             Cell(text=seen.id, detail=" · ".join(part for part in about if part)),
             state,
+            *((Cell(text=seen.zone or "–"),) if zoned else ()),
             _NONE if share is None else Cell(text=f"{100 * share:.0f} %", meter=f"{share:.3g}"),
             Cell(text=whole_number(picks), detail=reasons(added(endpoint.picked for endpoint in endpoints))),
             Cell(text=whole_number(sum(endpoint.in_flight for endpoint in endpoints))),

@@ -13,6 +13,9 @@ REASONS = {
     "probe": ("a probe", "to find out whether an ejected instance is back"),
     "half_open": ("a probe of all", "every instance fails: this call finds out whether one is back"),
     "trusted": ("it can be trusted", "the call can't be repeated, so no instance that failed lately"),
+    "zone_few": ("own zone too small", "in another zone, as the own one has too few instances for its share of calls"),
+    "zone_slow": ("own zone slow", "in another zone, as answers take longer in the own one"),
+    "zone_sample": ("a look elsewhere", "in another zone, to know how long answers take there: one call in fifty"),
     "last_resort": ("last resort", "Consul lists it no more, and nobody else is left"),
 }
 """Why an instance was picked: in two words, and explained."""

@@ -3,7 +3,7 @@
 
 const byId = (id) => document.getElementById(id);
 const svg = "http://www.w3.org/2000/svg";
-let source, latest, retry, paused = false, missed = 0, caller = byId("caller").value;
+let source, latest, retry, columns, paused = false, missed = 0, caller = byId("caller").value;
 
 function setText(node, text) {
   const held = node.firstChild;
@@ -79,20 +79,30 @@ function createRow(row) {
 
 function fillRow(node, row) {
   node.cached ??= [...node.children];
+  if (node.cached.length !== row.cells.length) {
+    node.cached = [...createRow(row).children];
+    node.replaceChildren(...node.cached);
+  }
   row.cells.forEach((cell, index) => fillCell(node.cached[index], cell));
+}
+
+function createHeading() {
+  const node = document.createElement("th");
+  node.scope = "col";
+  return node;
 }
 
 function createGroup() {
   const node = document.createElement("tbody"), line = node.insertRow(), head = document.createElement("th");
   line.className = "group";
   head.scope = "rowgroup";
-  head.colSpan = 8;
   head.append(document.createElement("span"), " ", document.createElement("small"));
   line.append(head);
   return node;
 }
 
 function fillGroup(node, group) {
+  setAttribute(node.querySelector(".group th"), "colspan", String(columns));
   setText(node.querySelector(".group span"), group.heading);
   setText(node.querySelector(".group small"), group.detail);
   patch(node, group.rows, createRow, fillRow);
@@ -130,6 +140,8 @@ function show(sheet) {
     () => document.createElement("option"),
     (node, choice) => { node.value = choice.value; setText(node, choice.label); });
   byId("caller").value = caller;
+  columns = sheet.columns.length;
+  patch(byId("columns"), sheet.columns.map((text) => ({ key: text, text })), createHeading, (node, { text }) => setText(node, text));
   patch(byId("instances"), sheet.instances, createGroup, fillGroup);
   patch(byId("calls"), sheet.calls, createRow, fillRow);
   patch(byId("disagreements"), sheet.disagreements, createLine, fillLine);
