@@ -288,8 +288,8 @@ def test_a_pod_registers_its_own_address_with_the_agent_of_its_node(made: Manife
 
 
 def test_every_variable_is_one_that_a_service_reads(made: Manifests) -> None:
-    """The table of variables has each that a service is given; its password and its zone are told elsewhere."""
-    told_elsewhere = {"DATABASE_PASSWORD_FILE", "SERVICE_ZONE"}
+    """The table of variables has each that a service is given; its password is told elsewhere."""
+    told_elsewhere = {"DATABASE_PASSWORD_FILE"}
     for name in NAMES:
         assert made.variables(name).keys() <= documented_variables().keys() | told_elsewhere
 
