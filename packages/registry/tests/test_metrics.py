@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from registry import (
+    ConnectionOptions,
     ConsulSettings,
     Instance,
     RegistryUnavailableError,
@@ -29,6 +31,9 @@ from registry.families import FAMILIES, MOST_INSTANCES, OTHER
 from registry.fastapi import RegistryMiddleware, health_router, lifespan
 from registry.metrics import MOST_SERIES, Metrics, metrics_router
 from registry.testing.ports import free_ports
+
+EVERYBODY = ConnectionOptions(max_instances=10_000)
+"""Figures of a caller that knows all that there are."""
 
 
 class Fleet:
@@ -72,8 +77,8 @@ async def observed(
     fleet: Fleet | StaticResolver, answers: Answers | None = None, **options: object
 ) -> AsyncIterator[tuple[ServiceDiscoveryClient, CollectorRegistry]]:
     """A client, and what Prometheus would read of it."""
-    transport = answers or Answers()
-    async with ServiceDiscoveryClient(fleet, retry_delay=0.01, transport=transport, **options) as client:  # type: ignore[arg-type]
+    told: dict[str, Any] = {"transport": answers or Answers(), "connections": EVERYBODY, **options}
+    async with ServiceDiscoveryClient(fleet, retry_delay=0.01, **told) as client:
         metrics, registry = Metrics(client.explain_all), CollectorRegistry()
         client.observe(metrics)
         registry.register(metrics)
