@@ -225,9 +225,12 @@ async def test_a_node_that_leaves_takes_nobody_out(consul_agent: ConsulAgent, se
         node = f"node-{service_name}"
         for id_ in (one, two):
             scene.deregister(id_)
-            where = {"ID": id_, "Service": service_name, "Address": "127.0.0.1", "Port": scene.servers[id_].port}
+            port, weights = scene.servers[id_].port, {"Passing": 2, "Warning": 1}
+            where = {"ID": id_, "Service": service_name, "Address": "127.0.0.1", "Port": port, "Weights": weights}
             scene.put("/v1/catalog/register", {"Node": node, "Address": "127.0.0.1", "Service": where})
-        await wait_until(lambda: scene.listed() == {one, two})
+        # Their ids were listed before, from the agent's node.
+        await wait_until(lambda: {each.weight for each in scene.client.explain(service_name).endpoints} == {2})
+        assert scene.listed() == {one, two}
         scene.put("/v1/catalog/deregister", {"Node": node, "ServiceID": one})
         await wait_until(lambda: scene.listed() == {two})
         scene.put("/v1/catalog/deregister", {"Node": node})
