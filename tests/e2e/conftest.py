@@ -13,14 +13,14 @@ import pytest
 
 from deploy.compose.images import choose_images
 from deploy.compose.stack import StackError, check_engine
-from tests.e2e.report import Row, markdown, write
+from tests.e2e.report import Row, Scene, markdown, write
 from tests.e2e.system import BACKENDS, System, running
 from tools.services import ROOT
 
 FOLDER = ROOT / ".e2e"
 PUBLISHED = ROOT / "docs" / "e2e"
 S = TypeVar("S", bound=System)
-_ROWS = pytest.StashKey[list[Row]]()
+_ROWS = pytest.StashKey[list[Scene]]()
 _FAILED = pytest.StashKey[bool]()
 
 
@@ -62,12 +62,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
             write(rows, f"{head}\n\n{picture}", PUBLISHED / "README.md")
 
 
-def heading(title: str, session: str) -> str:
+_COUNTED = (
+    "Failed calls of all calls; *twice*: POSTs that were carried out more than once, counted at the replicas and in "
+    "the database."
+)
+
+
+def heading(title: str, session: str, counted: str = _COUNTED) -> str:
     """How a page of scenes begins."""
     return (
         f"# {title}\n\nWritten by `nox -s {session} -- --publish` on {time.strftime('%Y-%m-%d')}: "
-        f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}. Failed calls of all calls; "
-        "*twice*: POSTs that were carried out more than once, counted at the replicas and in the database."
+        f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}. {counted}"
     )
 
 

@@ -1,50 +1,37 @@
 """Three nodes for all scenes, everything whole before each; a report of what they came to; logs where one failed."""
 
 import json
-import os
-import platform
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import pytest
 
 from registry.testing.progress import UnavailableError
-from tests.k8s.report import Row, markdown
+from tests.e2e.conftest import (
+    _FAILED,
+    _ROWS,
+    heading,
+    pytest_addoption,
+    pytest_configure,
+    pytest_runtest_makereport,
+)
+from tests.e2e.report import markdown, write
+from tests.k8s.report import Row
 from tests.k8s.system import System
 from tools.kube.cluster import running_cluster
 from tools.kube.place import KubeError
 from tools.services import ROOT
 
+__all__ = ["pytest_addoption", "pytest_configure", "pytest_runtest_makereport"]
+
 FOLDER = ROOT / ".e2e/kubernetes"
 PUBLISHED = ROOT / "docs/e2e/kubernetes.md"
+_COUNTED = "Calls by name from a pod, failed ones of all; *twice*: POSTs that are in the database more than once."
 _SLOW = 1.0
 """Seconds: calls that took longer are kept, as those are that failed."""
-_ROWS = pytest.StashKey[list[Row]]()
-_FAILED = pytest.StashKey[bool]()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """The session's own option."""
-    parser.addoption("--publish", action="store_true", help="keep the report in docs/e2e")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """A polite kill ends the run as Ctrl-C does: everything is removed."""
-    config.stash[_ROWS] = []
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Remembers on the test whether it failed."""
-    report = yield
-    if report.failed:
-        item.stash[_FAILED] = True
-    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -58,16 +45,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Writes the table, and into the documentation when that was asked for."""
     if rows := config.stash[_ROWS]:
-        page = (
-            "# Scenes on three nodes of Kubernetes\n\n"
-            f"Written by `nox -s k8s -- --publish` on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores, "
-            f"{platform.system()} {platform.machine()}. Calls by name from a pod, failed ones of all; "
-            f"*twice*: POSTs that are in the database more than once.\n\n{markdown(rows)}"
-        )
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        (FOLDER / "report.md").write_text(page)
+        head = heading("Scenes on three nodes of Kubernetes", "k8s", _COUNTED)
+        write(rows, head, FOLDER / "report.md")
         if config.getoption("--publish"):
-            PUBLISHED.write_text(page)
+            write(rows, head, PUBLISHED)
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +79,7 @@ def scene(system: System, request: pytest.FixtureRequest) -> Iterator[Row]:
     begun = time.monotonic()
     yield row
     row.seconds = time.monotonic() - begun
+    row.saw_failures()
     folder = FOLDER / request.node.name
     folder.mkdir(parents=True, exist_ok=True)
     if row.load is not None:

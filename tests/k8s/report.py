@@ -1,38 +1,32 @@
-"""What the scenes came to, as a table of Markdown for people."""
+"""What the scenes on nodes came to."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from tests.e2e.report import Scene
 from tests.k8s.traffic import Traffic
-
-_HEAD = ("scene", "GET", "POST", "twice", "longest", "seconds", "seen")
 
 
 @dataclass
-class Row:
-    """One scene. ``seen``: its figures, in words."""
+class Row(Scene):
+    """A scene that is called by name from a pod."""
 
-    name: str
+    HEAD = ("scene", "GET", "POST", "twice", "longest", "seconds", "seen")
     load: Traffic | None = None
-    seconds: float = 0.0
-    seen: list[str] = field(default_factory=list)
-    passed: bool = True
 
     @property
-    def cells(self) -> list[str]:
-        """In the order of the head."""
-        name = self.name if self.passed else f"**failed:** {self.name}"
+    def counts(self) -> list[str]:
         if self.load is None:
-            return [name, "", "", "", "", f"{self.seconds:.0f}", "; ".join(self.seen)]
-        reports = {method: self.load.report(method) for method in ("GET", "POST")}
-        counts = [f"{len(report.failures)} of {report.calls:,}" for report in reports.values()]
-        longest = max((call.seconds for report in reports.values() for call in report.outcomes), default=0.0)
-        failed = Counter(f"{method}: {call.error}" for method, report in reports.items() for call in report.failures)
-        seen = self.seen + [f"{count} × {what}" for what, count in failed.items()]
-        return [name, *counts, f"{len(self.load.doubled)}", f"{longest:.1f} s", f"{self.seconds:.0f}", "; ".join(seen)]
+            return [""] * 4
+        reports = [self.load.report(method) for method in ("GET", "POST")]
+        failed = [f"{len(report.failures)} of {report.calls:,}" for report in reports]
+        longest = max((call.seconds for report in reports for call in report.outcomes), default=0.0)
+        return [*failed, f"{len(self.load.doubled)}", f"{longest:.1f} s"]
 
-
-def markdown(rows: list[Row]) -> str:
-    """The table."""
-    lines = [_HEAD, tuple("---" for _ in _HEAD), *(tuple(row.cells) for row in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    def saw_failures(self) -> None:
+        """Adds how calls failed, as a figure for each kind of error."""
+        if self.load is not None:
+            kinds = Counter(
+                f"{method}: {call.error}" for method in ("GET", "POST") for call in self.load.failures(method)
+            )
+            self.seen += [f"{count} × {kind}" for kind, count in kinds.items()]

@@ -1,6 +1,5 @@
 """Load by name from a pod while a scene plays, and what each call came to: told by the caller and by the database."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,12 +21,10 @@ class Traffic:
     def __init__(self, system: System, rate: float) -> None:
         self._system = system
         self._caller = Caller(system.calling(rate))
-        self.began = time.time()
         self.doubled: tuple[str, ...] = ()
         """Ids of POSTs that are in the database more than once; known when the load has ended, as is the next."""
         self.lost: tuple[str, ...] = ()
         """Ids of POSTs that were answered with 201 and are not in the database."""
-        self.seconds = 0.0
 
     def report(self, method: str) -> Report:
         """The calls that have ended so far."""
@@ -47,12 +44,10 @@ class Traffic:
     def start(self) -> None:
         """Returns when it calls."""
         self._caller.wait_until_ready()
-        self.began = time.time()
 
     def stop(self) -> None:
         """Ends the load, and reads what the database has of it."""
         self._caller.stop()
-        self.seconds = time.time() - self.began
         cards = self._system.cards()
         posts = self.report("POST").outcomes
         self.doubled = tuple(post.id for post in posts if cards.get(post.id, 0) > 1)

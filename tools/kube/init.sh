@@ -1,4 +1,4 @@
-# The first process of a node. Killed, it takes everything in the node with it. From node.py: NODE, ITS, ROOT_OF_PODS, PROGRAMS…
+# The first process of a node. Killed, it takes everything in the node with it. From node.py: NODE, ITS, ADDRESS, KUBECONFIG, programs.
 set -eu
 mount --make-rprivate / && mount --make-rshared / # what pods mount is theirs alone, what the node mounts is theirs, too
 mount -t tmpfs tmpfs /run
