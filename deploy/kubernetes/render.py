@@ -10,7 +10,7 @@ from tools.built import find_built
 __all__ = ["HERE", "OVERLAYS", "render"]
 
 HERE = Path(__file__).parent
-OVERLAYS = ("plain",)
+OVERLAYS = ("plain", "locked")
 _MODULE = "sigs.k8s.io/kustomize/kustomize/v5"
 
 

@@ -31,7 +31,7 @@ class ApiServerNotFoundError(RuntimeError):
 
 @dataclass(frozen=True)
 class ApiServer:
-    """One that answers; everybody with the token may do everything."""
+    """One that answers; kubectl is its administrator, everybody else has the rights that roles give."""
 
     kubectl: Path
     port: int
@@ -60,7 +60,7 @@ def running_api_server(folder: Path) -> Iterator[ApiServer]:
     made = ec.generate_private_key(ec.SECP256R1())
     key.write_bytes(made.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()))
     tokens = folder / "tokens.csv"
-    tokens.write_text(f"{_TOKEN},{_TOKEN},{_TOKEN}\n")
+    tokens.write_text(f"{_TOKEN},{_TOKEN},{_TOKEN},system:masters\n")
     with ExitStack() as stack:
         _start(stack, folder, etcd, {
             "data-dir": str(folder / "etcd"),
@@ -80,7 +80,7 @@ def running_api_server(folder: Path) -> Iterator[ApiServer]:
             "service-account-signing-key-file": str(key),
             "service-account-issuer": "https://kubernetes.default.svc",
             "token-auth-file": str(tokens),
-            "authorization-mode": "AlwaysAllow",
+            "authorization-mode": "RBAC",
             "service-cluster-ip-range": "10.0.0.0/16",
         })  # fmt: skip
         started = ApiServer(kubectl, port, folder)

@@ -18,6 +18,7 @@ MARKS = {
     "deploy/compose/keeper/grants.py": ("calls",),
     "deploy/compose/haproxy.cfg": ("edge",),
     "deploy/kubernetes/base/services.yaml": ("kubernetes",),
+    "deploy/kubernetes/locked/services.yaml": ("kubernetes_locked",),
     "README.md": ("readme",),
 }
 """File → its marks; the block of a mark is templates/wiring/<mark>.jinja."""

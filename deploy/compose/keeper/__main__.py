@@ -2,15 +2,29 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from deploy.compose.keeper import backup, rotation
 from deploy.compose.keeper.access import grant
 from deploy.compose.keeper.api import Consul, ConsulError
-from deploy.compose.keeper.grants import CALLS
+from deploy.compose.keeper.cluster import Cluster, keep
+from deploy.compose.keeper.grants import CALLS, KUBERNETES
 from deploy.compose.keeper.passes import sign_pass
 from deploy.compose.keeper.vault import Vault
 
-_JOBS = ("make", "grant", "pass", "tokens", "gossip", "ca", "whole", "save", "restore-vault", "restore-consul")
+_JOBS = (
+    "make",
+    "grant",
+    "cluster",
+    "pass",
+    "tokens",
+    "gossip",
+    "ca",
+    "whole",
+    "save",
+    "restore-vault",
+    "restore-consul",
+)
 
 
 def main() -> int:
@@ -20,11 +34,22 @@ def main() -> int:
     parser.add_argument("--subject", default="somebody", help="whom a pass names")
     options = parser.parse_args()
     try:
-        run(options.job, Vault(), options.subject)
+        if options.job == "cluster":
+            keep_cluster(Vault(Path("/tmp/vault"), Path("/tmp/readers"), users=False, place=KUBERNETES))  # noqa: S108
+        else:
+            run(options.job, Vault(), options.subject)
     except ConsulError as error:
         say(str(error))
         return 1
     return 0
+
+
+def keep_cluster(vault: Vault) -> None:
+    """All that Kubernetes needs: Secrets, and once servers start with them, Consul's rules. Raises: ConsulError."""
+    tell(keep(Cluster.around(), vault), "given out")
+    consul = Consul(vault)
+    consul.wait_until_led()
+    tell(grant(consul, vault), "written")
 
 
 def run(job: str, vault: Vault, subject: str) -> None:

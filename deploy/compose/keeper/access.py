@@ -12,13 +12,15 @@ __all__ = ["grant", "write_token"]
 
 def grant(consul: Consul, vault: Vault) -> list[str]:
     """Returns what had to be written: nothing, when all of it is there. Blocks. Raises: ConsulError."""
-    changed = [f"policy {name}" for name, rules in policies().items() if _write_policy(consul, name, rules)]
+    changed = [f"policy {name}" for name, rules in policies(vault.place).items() if _write_policy(consul, name, rules)]
     changed += [
         f"token {name}"
-        for name, identity in identities().items()
+        for name, identity in identities(vault.place).items()
         if write_token(consul, name, vault.token(name), identity)
     ]
-    changed += [f"intentions {name}" for name, sources in intentions().items() if _write(consul, name, sources)]
+    changed += [
+        f"intentions {name}" for name, sources in intentions(vault.place).items() if _write(consul, name, sources)
+    ]
     return changed
 
 

@@ -7,14 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deploy.compose.keeper.grants import SERVERS
 from deploy.compose.keeper.vault import MANAGEMENT, Vault
 
 __all__ = ["Consul", "ConsulError"]
 
 _PORT = 8500
-_AGENT = "consul"
-"""The agent's name in the network."""
 _SECONDS = 60.0
 """How long a job waits for a condition."""
 _PAUSE = 0.2
@@ -31,8 +28,9 @@ class ConsulError(Exception):
 class Consul:
     """The servers, asked with the token that may do everything. Every method blocks and raises ConsulError."""
 
-    def __init__(self, vault: Vault, hosts: Sequence[str] = SERVERS, port: int = _PORT) -> None:
-        self._hosts = hosts
+    def __init__(self, vault: Vault, hosts: Sequence[str] | None = None, port: int = _PORT) -> None:
+        self._place = vault.place
+        self._hosts = hosts or self._place.hosts
         self._port = port
         self._trust = ssl.create_default_context(cafile=str(vault.trusted))
         self._token = vault.token(MANAGEMENT).secret
@@ -57,7 +55,7 @@ class Consul:
 
     def reload(self) -> None:
         """Every agent reads its files anew; returns when all have."""
-        for host in (*SERVERS, _AGENT):
+        for host in (*self._place.hosts, self._place.agent_host):
             self._ask([host], "PUT", "/v1/agent/reload")
 
     def _ask(self, hosts: Sequence[str], method: str, path: str, body: bytes | None = None) -> bytes:
@@ -103,6 +101,6 @@ class Consul:
         def whole() -> bool:
             health = json.loads(self.ask("GET", "/v1/operator/autopilot/health"))
             voters = {server["Name"] for server in health["Servers"] if server["Voter"] and server["Healthy"]}
-            return bool(health["Healthy"]) and voters == set(SERVERS)
+            return bool(health["Healthy"]) and voters == set(self._place.nodes)
 
-        self.wait_until(whole, f"{len(SERVERS)} healthy servers vote")
+        self.wait_until(whole, f"{len(self._place.nodes)} healthy servers vote")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deploy.compose.keeper.access import write_token
 from deploy.compose.keeper.api import Consul
-from deploy.compose.keeper.grants import AGENT, SERVERS, identities
+from deploy.compose.keeper.grants import identities
 from deploy.compose.keeper.vault import Token, Vault, new_gossip_key
 
 __all__ = ["rotate_authority", "rotate_gossip", "rotate_token"]
@@ -20,7 +20,7 @@ def rotate_token(consul: Consul, vault: Vault, name: str) -> int:
     Begun again after an interruption, it finishes what it had begun. Blocks. Raises: ConsulError.
     """
     new = Token.new()
-    write_token(consul, name, new, identities()[name])  # first: who gets it must be able to use it
+    write_token(consul, name, new, identities(vault.place)[name])  # first: who gets it must be able to use it
     vault.keep(name, new)
     vault.deliver()
     older = [each for each in consul.get("/v1/acl/tokens") if each["Description"] == name]
@@ -49,7 +49,7 @@ def rotate_gossip(consul: Consul, vault: Vault) -> None:
     new = new_gossip_key()
     old = {key for ring in consul.get("/v1/operator/keyring") for key in ring["Keys"]}
     consul.ask("POST", "/v1/operator/keyring", json.dumps({"Key": new}).encode())
-    members = len(SERVERS) + 1
+    members = len(vault.place.nodes) + 1
     consul.wait_until(
         lambda: all(ring["Keys"].get(new) == members for ring in consul.get("/v1/operator/keyring")),
         f"all {members} agents have the new key",
@@ -75,8 +75,8 @@ def rotate_authority(vault: Vault) -> None:
     _trust(vault, vault.trusted.read_bytes().replace(new, b"") + new)
     for kind in ("-key.pem", ".pem"):
         vault.write(f"ca{kind}", (vault.folder / f"next{kind}").read_bytes())
-    for node in (*SERVERS, AGENT):
-        vault.make_certificate(node)
+    for name in (*vault.place.servers, vault.place.agent):
+        vault.make_certificate(name)
     vault.deliver()
     Consul(vault).reload()
     _trust(vault, new)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.compose.keeper.grants import AGENT, CALLS, DATACENTER, EDGE, FRONT_DOOR, SERVERS, SERVERS_NAME, identities
+from deploy.compose.keeper.grants import CALLS, COMPOSE, DATACENTER, FRONT_DOOR, Place, identities
 
 __all__ = ["MANAGEMENT", "READERS", "Token", "Vault", "encode"]
 
@@ -49,11 +49,14 @@ class Token:
 class Vault:
     """The folder with all secrets. Everything blocks; what is missing is made, what is there stays."""
 
-    def __init__(self, folder: Path = Path("/vault"), readers: Path = READERS, *, users: bool = True) -> None:
+    def __init__(
+        self, folder: Path = Path("/vault"), readers: Path = READERS, *, users: bool = True, place: Place = COMPOSE
+    ) -> None:
         """``users``: whether readers are containers with users of their own, for which it takes root."""
         self.folder = folder
         self.readers = readers
         self._users = users
+        self.place = place
 
     @property
     def trusted(self) -> Path:
@@ -78,9 +81,9 @@ class Vault:
         if not self.trusted.exists():
             self.make_authority("ca")
             self.write("trusted.pem", (self.folder / "ca.pem").read_bytes())
-        for node in (*SERVERS, AGENT):
-            if not (self.folder / f"{node}-key.pem").exists():
-                self.make_certificate(node)
+        for name in (*self.place.servers, self.place.agent):
+            if not (self.folder / f"{name}-key.pem").exists():
+                self.make_certificate(name)
         if not (self.folder / "gossip").exists():
             self.write("gossip", new_gossip_key().encode())
         if not (self.folder / "database-password").exists():
@@ -88,7 +91,7 @@ class Vault:
         if not self.callers_key.exists():
             made = subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519"], check=True, capture_output=True)
             self.write(self.callers_key.name, made.stdout)
-        for name in (MANAGEMENT, *identities()):
+        for name in (MANAGEMENT, *identities(self.place)):
             if not (self.folder / f"{name}.token").exists():
                 self.keep(name, Token.new())
 
@@ -112,16 +115,17 @@ class Vault:
             self.write(f"{name}-key.pem", Path(folder, "consul-agent-ca-key.pem").read_bytes())
             self.write(f"{name}.pem", Path(folder, "consul-agent-ca.pem").read_bytes())
 
-    def make_certificate(self, node: str) -> None:
-        """A new certificate of a node, for both ends of its connections, by the authority."""
-        kind, names = ("server", [node, SERVERS_NAME]) if node in SERVERS else ("client", ["consul"])
+    def make_certificate(self, reader: str) -> None:
+        """A new certificate of an agent, for both ends of its connections, by the authority."""
+        nodes = self.place.servers.get(reader)
+        kind, names = ("server", [*nodes, *self.place.servers_names]) if nodes else ("client", [self.place.agent_host])
         with tempfile.TemporaryDirectory() as folder:
             authority = [f"--ca={self.folder / 'ca.pem'}", f"--key={self.folder / 'ca-key.pem'}"]
             named = [f"--additional-dnsname={name}" for name in names]
             _consul(folder, "tls", "cert", "create", f"--{kind}", *authority, _DAYS, *named)
             made = Path(folder, f"{DATACENTER}-{kind}-consul-0")
-            self.write(f"{node}.pem", made.with_name(f"{made.name}.pem").read_bytes())
-            self.write(f"{node}-key.pem", made.with_name(f"{made.name}-key.pem").read_bytes())
+            self.write(f"{reader}.pem", made.with_name(f"{made.name}.pem").read_bytes())
+            self.write(f"{reader}-key.pem", made.with_name(f"{made.name}-key.pem").read_bytes())
 
     def deliver(self) -> list[str]:
         """Gives every reader its files, and takes back what is not its own any more; returns what changed."""
@@ -142,23 +146,26 @@ class Vault:
         trusted = {"ca.pem": self.trusted.read_bytes()}
         password = {"database-password": (self.folder / "database-password").read_bytes()}
         found: dict[str, tuple[int, Mapping[str, bytes]]] = {"postgres": (_POSTGRES, password)}
-        for name in (*CALLS, EDGE):
+        for name in (*CALLS, *([self.place.edge] if self.place.edge else [])):
             found[name] = (_SERVICE, trusted | {"token": self.token(name).secret.encode()})
         found["backend-api"] = (_SERVICE, {**found["backend-api"][1], **password})
         found[FRONT_DOOR] = (_SERVICE, {**found[FRONT_DOOR][1], "callers.json": self.callers()})
-        for node in SERVERS:
+        for name in self.place.servers:
             management = self.token(MANAGEMENT).secret
-            tokens = {"initial_management": management, "agent": self.token(node).secret}
-            found[node] = (_CONSUL, trusted | self._agent(node, tokens) | {"token": management.encode()})
-        tokens = {"agent": self.token(AGENT).secret, "dns": self.token("dns").secret}
-        found[AGENT] = (_CONSUL, trusted | self._agent(AGENT, tokens) | {"token": self.token("ui").secret.encode()})
+            tokens = {"initial_management": management, "agent": self.token(name).secret}
+            found[name] = (_CONSUL, trusted | self._agent(name, tokens) | {"token": management.encode()})
+        agent = self.place.agent
+        tokens = {"agent": self.token(agent).secret}
+        if self.place.edge:  # which asks Consul's DNS, where nobody shows a token
+            tokens["dns"] = self.token("dns").secret
+        found[agent] = (_CONSUL, trusted | self._agent(agent, tokens) | {"token": self.token("ui").secret.encode()})
         return found
 
-    def _agent(self, node: str, tokens: Mapping[str, str]) -> dict[str, bytes]:
+    def _agent(self, reader: str, tokens: Mapping[str, str]) -> dict[str, bytes]:
         settings = {"encrypt": (self.folder / "gossip").read_text(), "acl": {"tokens": dict(tokens)}}
         return {
-            "cert.pem": (self.folder / f"{node}.pem").read_bytes(),
-            "key.pem": (self.folder / f"{node}-key.pem").read_bytes(),
+            "cert.pem": (self.folder / f"{reader}.pem").read_bytes(),
+            "key.pem": (self.folder / f"{reader}-key.pem").read_bytes(),
             "secrets.json": json.dumps(settings).encode(),
         }
 
