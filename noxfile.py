@@ -117,12 +117,12 @@ def e2e_locked(session: nox.Session) -> None:
 
 @nox.session
 def k8s(session: nox.Session) -> None:
-    """Play the scenes on three nodes of Kubernetes, which it makes; `-- up` leaves them, `-- down` removes them."""
+    """Play scenes on three nodes of Kubernetes, plain or `--locked`; `-- up` leaves them running, `-- down` ends them."""
     install(session)
-    if session.posargs != ["down"]:
+    if session.posargs[:1] != ["down"]:
         # The engine ends again before the nodes begin.
         session.run("bash", "tools/docker.sh", "run", "python", "-m", "tools.kube.images", external=True)
-    if session.posargs in (["up"], ["down"]):
+    if session.posargs[:1] in (["up"], ["down"]):
         command = ["python", "-m", "tools.kube", *session.posargs]
     else:
         command = ["pytest", "tests/k8s", "--junitxml=.e2e/kubernetes.xml", *session.posargs]

@@ -270,6 +270,18 @@ def test_the_locked_system_runs(made: Manifests, vault: Vault, tmp_path: Path, c
         wait_until(lambda: httpx.get(asked, headers=caller, trust_env=False, timeout=10).is_success)
         with stranger(vault, "backend-api", local["https"]) as registry, pytest.raises(RegistryError):
             registry.register_service("research-api", "127.0.0.1", 8009)
+        assert forget(made, vault.readers / AGENT, at["https"], "any-node") == "true"
+        assert "Permission denied" in forget(made, vault.readers / "research-api", at["https"], "any-node")
+
+
+def forget(made: Manifests, reader: Path, port: int, node: str) -> str:
+    """What a server says to an agent that makes it forget what its node was before, with the secrets of a reader."""
+    pod = made.pod(AGENT)
+    [container] = [each for each in pod["initContainers"] if each["name"] == "forget"]
+    command = [word.replace("/secrets/", f"{reader}/") for word in container["command"]]
+    command = [word.replace("//consul-server:8500", f"//localhost:{port}") for word in command]
+    variables = os.environ | {"NODE_NAME": node, "no_proxy": "localhost"}
+    return subprocess.run(command, env=variables, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
 
 
 def stranger(vault: Vault, name: str, port: int) -> ServiceRegistry:

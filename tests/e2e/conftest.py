@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Writes the table, and into the documentation when that was asked for."""
     if rows := config.stash[_ROWS]:
-        head = heading("End-to-end scenes", "e2e")
+        head = heading("End-to-end scenes", "e2e -- --publish")
         write(rows, head, FOLDER / "report.md")
         if config.getoption("--publish"):
             picture = "Consul's UI, opened by one of the scenes:\n\n![Three healthy backends](consul-ui.png)"
@@ -69,9 +69,9 @@ _COUNTED = (
 
 
 def heading(title: str, session: str, counted: str = _COUNTED) -> str:
-    """How a page of scenes begins."""
+    """How a page of scenes begins. ``session``: with its options."""
     return (
-        f"# {title}\n\nWritten by `nox -s {session} -- --publish` on {time.strftime('%Y-%m-%d')}: "
+        f"# {title}\n\nWritten by `nox -s {session}` on {time.strftime('%Y-%m-%d')}: "
         f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}. {counted}"
     )
 

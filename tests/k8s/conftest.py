@@ -10,14 +10,8 @@ from dataclasses import asdict
 import pytest
 
 from registry.testing.progress import UnavailableError
-from tests.e2e.conftest import (
-    _FAILED,
-    _ROWS,
-    heading,
-    pytest_addoption,
-    pytest_configure,
-    pytest_runtest_makereport,
-)
+from tests.e2e.conftest import _FAILED, _ROWS, heading, pytest_configure, pytest_runtest_makereport
+from tests.e2e.conftest import pytest_addoption as add_options
 from tests.e2e.report import markdown, write
 from tests.k8s.report import Row
 from tests.k8s.system import System
@@ -25,13 +19,19 @@ from tools.kube.cluster import running_cluster
 from tools.kube.place import KubeError
 from tools.services import ROOT
 
-__all__ = ["pytest_addoption", "pytest_configure", "pytest_runtest_makereport"]
+__all__ = ["pytest_configure", "pytest_runtest_makereport"]
 
 FOLDER = ROOT / ".e2e/kubernetes"
-PUBLISHED = ROOT / "docs/e2e/kubernetes.md"
+PUBLISHED = ROOT / "docs/e2e"
 _COUNTED = "Calls by name from a pod, failed ones of all; *twice*: POSTs that are in the database more than once."
 _SLOW = 1.0
 """Seconds: calls that took longer are kept, as those are that failed."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The session's own options."""
+    add_options(parser)
+    parser.addoption("--locked", action="store_true", help="the overlay `locked` in place of `plain`")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -45,10 +45,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Writes the table, and into the documentation when that was asked for."""
     if rows := config.stash[_ROWS]:
-        head = heading("Scenes on three nodes of Kubernetes", "k8s", _COUNTED)
+        title, options, page = "Scenes on three nodes of Kubernetes", "--publish", "kubernetes.md"
+        if config.getoption("--locked"):
+            title, options, page = f"{title}, locked", f"--locked {options}", "kubernetes-locked.md"
+        head = heading(title, f"k8s -- {options}", _COUNTED)
         write(rows, head, FOLDER / "report.md")
         if config.getoption("--publish"):
-            write(rows, head, PUBLISHED)
+            write(rows, head, PUBLISHED / page)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +62,10 @@ def system(request: pytest.FixtureRequest) -> Iterator[System]:
     begun = time.monotonic()
     try:
         with capture.global_and_fixture_disabled():
-            context = running_cluster(lambda text: sys.stderr.write(f"{time.monotonic() - begun:6.1f} s  {text}\n"))
+            overlay = "locked" if request.config.getoption("--locked") else "plain"
+            context = running_cluster(
+                lambda text: sys.stderr.write(f"{time.monotonic() - begun:6.1f} s  {text}\n"), overlay
+            )
             cluster = context.__enter__()
     except (KubeError, UnavailableError) as error:
         pytest.exit(str(error), returncode=1)

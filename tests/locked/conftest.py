@@ -38,7 +38,7 @@ PUBLISHED = ROOT / "docs" / "e2e" / "locked.md"
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Writes the table, and into the documentation when that was asked for."""
     if rows := config.stash[_ROWS]:
-        head = heading("Scenes of the locked system", "e2e-locked")
+        head = heading("Scenes of the locked system", "e2e-locked -- --publish")
         write(rows, head, FOLDER / "report.md")
         if config.getoption("--publish"):
             write(rows, head, PUBLISHED)

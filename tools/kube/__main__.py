@@ -15,6 +15,7 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="nox -s k8s --", description=__doc__)
     parser.add_argument("command", choices=["up", "down"])
+    parser.add_argument("--locked", action="store_true", help="the overlay `locked` in place of `plain`")
     options = parser.parse_args(arguments)
     begun = time.monotonic()
     # Both end it as Ctrl-C does, with everything removed, even where a shell started it in the background.
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"{time.monotonic() - begun:6.1f} s  {text}\n")
 
     try:
-        cluster = Cluster(find_programs())
+        cluster = Cluster(find_programs(), "locked" if options.locked else "plain")
         if options.command == "down":
             cluster.down()
             say("everything is removed")

@@ -34,8 +34,10 @@ _POSTGRES = [{"op": "add", "path": "/spec/template/spec/containers/0/args", "val
 class Cluster:
     """The nodes of this machine; there can be one such cluster only."""
 
-    def __init__(self, programs: Programs) -> None:
+    def __init__(self, programs: Programs, overlay: str = "plain") -> None:
+        """``overlay``: which one of deploy/kubernetes the system is."""
         self._programs = programs
+        self.overlay = overlay
 
     def up(self, say: Callable[[str], Any]) -> None:
         """Returns when every pod of the system is ready. Raises: KubeError."""
@@ -97,10 +99,6 @@ class Cluster:
         ]
         return sorted(alive, key=lambda pod: str(pod["metadata"]["name"]))
 
-    def raw(self, path: str) -> Any:
-        """What the API server answers there. Raises: KubeError."""
-        return json.loads(self.kubectl("get", f"--raw={path}"))
-
     def running_nodes(self) -> set[int]:
         """The numbers of those that have not been killed."""
         return {node for node in NODES if runs(node)}
@@ -139,16 +137,21 @@ class Cluster:
             (folder / f"{pod.rpartition('/')[2]}.log").write_text(said)
 
     def _write_overlay(self) -> None:
-        """The overlay `plain` with images that are here, and the client."""
+        """The system's overlay with images that are here, and the client."""
         _OVERLAY.mkdir(parents=True, exist_ok=True)
-        client = (_OWN / "client.yaml").read_text().replace("/nowhere", str(ROOT / "tests"))
-        (_OVERLAY / "client.yaml").write_text(client)
+        for file in _OWN.glob("client*.yaml"):
+            (_OVERLAY / file.name).write_text(file.read_text().replace("/nowhere", str(ROOT / "tests")))
+        patches: list[dict[str, Any]] = [
+            {"target": {"kind": "StatefulSet", "name": "postgres"}, "patch": json.dumps(_POSTGRES)}
+        ]
+        if self.overlay == "locked":
+            patches.append({"path": "client-locked.yaml"})
         overlay = {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
             "namespace": NAMESPACE,
-            "resources": [os.path.relpath(MANIFESTS / "plain", _OVERLAY), "client.yaml"],
-            "patches": [{"target": {"kind": "StatefulSet", "name": "postgres"}, "patch": json.dumps(_POSTGRES)}],
+            "resources": [os.path.relpath(MANIFESTS / self.overlay, _OVERLAY), "client.yaml"],
+            "patches": patches,
             "images": [_image(name, given) for name, given in chosen().items()],
         }
         (_OVERLAY / "kustomization.yaml").write_text(json.dumps(overlay))
@@ -185,9 +188,9 @@ def _volumes() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def running_cluster(say: Callable[[str], Any]) -> Iterator[Cluster]:
+def running_cluster(say: Callable[[str], Any], overlay: str) -> Iterator[Cluster]:
     """The nodes with the system on them; nothing is left when the context ends, whatever happened."""
-    cluster = Cluster(find_programs())
+    cluster = Cluster(find_programs(), overlay)
     try:
         cluster.up(say)
         yield cluster

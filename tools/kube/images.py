@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.compose.images import choose_images
-from deploy.compose.stack import Stack, StackError, check_engine
+from deploy.compose.stack import Stack, StackError, check_engine, overlaid
 from registry.testing.agent import ConsulNotFoundError
 from registry.testing.progress import UnavailableError
 from tools.kube.place import PLACE, KubeError, end, remove, start, wait_until
@@ -48,11 +48,12 @@ def make_images(programs: Programs) -> None:
     """
     check_engine()
     images = choose_images(print)
-    Stack({"COMPOSE_PROJECT_NAME": "registry-kube", **images}).compose("build")
+    Stack({"COMPOSE_PROJECT_NAME": "registry-kube", **overlaid("locked"), **images}).compose("build")
     for name, recipe in _OWN.items():
         _build(name, recipe.format(python=images["PYTHON_IMAGE"]), programs["coredns"])
     names = [f"registry/{service.folder}:latest" for service in SERVICES]
     names += [images[variable] for variable in _NAMES] + [f"registry-local/{name}:latest" for name in _OWN]
+    names.append("registry/keeper:latest")
     ids = _run("docker", "image", "inspect", "--format", "{{.Id}}", *names).split()
     made = "".join(f"{name} {each}\n" for name, each in zip(names, ids, strict=True))
     if SEED.exists() and _MADE.exists() and _MADE.read_text() == made:

@@ -158,7 +158,9 @@ class Vault:
         tokens = {"agent": self.token(agent).secret}
         if self.place.edge:  # which asks Consul's DNS, where nobody shows a token
             tokens["dns"] = self.token("dns").secret
-        found[agent] = (_CONSUL, trusted | self._agent(agent, tokens) | {"token": self.token("ui").secret.encode()})
+        # For commands in its container: they look; on a node that had another agent, they make Consul forget that one.
+        own = self.token("ui" if self.place.known_nodes else agent).secret
+        found[agent] = (_CONSUL, trusted | self._agent(agent, tokens) | {"token": own.encode()})
         return found
 
     def _agent(self, reader: str, tokens: Mapping[str, str]) -> dict[str, bytes]:
