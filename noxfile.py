@@ -117,7 +117,7 @@ def e2e_locked(session: nox.Session) -> None:
 
 @nox.session
 def k8s(session: nox.Session) -> None:
-    """Play scenes on three nodes of Kubernetes, plain or `--locked`; `-- up` leaves them running, `-- down` ends them."""
+    """Play scenes on three nodes of Kubernetes, plain or `--locked`; `-- up` leaves them there, `-- down` ends them."""
     install(session)
     if session.posargs[:1] != ["down"]:
         # The engine ends again before the nodes begin.

@@ -108,7 +108,7 @@ def running_site() -> Iterator[Site]:
                 wait_until(lambda: _has_joined(http), 30)
                 yield Site(server, http, agent.pid)
             finally:
-                agent.terminate()
+                agent.kill()  # it would wait 5 s for others to hear that it leaves
 
 
 def _has_joined(port: int) -> bool:

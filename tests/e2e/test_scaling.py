@@ -9,10 +9,10 @@ from tests.e2e.report import Row
 from tests.e2e.system import Replica, System, run_in, wait_until
 from tests.e2e.traffic import BY_NAME, EDGE, Traffic, check_once, now, traffic
 
-STEP = 250
+STEP = 200
 """Calls of every kind after each change of scale."""
-RATE = 20.0
-"""GETs, and POSTs, per second from each side: one replica bears it, while others start on the same two cores."""
+ONE, TWO = 20.0, 30.0
+"""GETs, and POSTs, per second from each side: so many replicas bear it, while others start on the same two cores."""
 
 
 @pytest.mark.parametrize("backends", [1], indirect=True)
@@ -20,7 +20,7 @@ def test_scale(system: System, scene: Row) -> None:
     """backend scales 1 → 3 → 5 → 1."""
     spans: list[tuple[int, float, float]] = []
     first: dict[str, float] = {}
-    with traffic(system, RATE) as load:
+    with traffic(system, ONE) as load:
         scene.traffic = load
         load.go_on(200)
         for backends in (3, 5, 1):
@@ -52,7 +52,7 @@ def test_scale(system: System, scene: Row) -> None:
 def test_rolling_restart(system: System, scene: Row) -> None:
     """All three are restarted, one after another."""
     took = []
-    with traffic(system, RATE) as load:
+    with traffic(system, TWO) as load:
         scene.traffic = load
         load.go_on(100)
         for replica in system.replicas():

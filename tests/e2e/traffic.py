@@ -17,7 +17,7 @@ from tests.support.load import Outcome, Report
 
 CALLS = 1_000
 """At least so many of each kind in every scene."""
-RATE = 40.0
+RATE = 45.0
 """GETs, and POSTs, per second from each side."""
 _LONGEST = 150.0
 BY_NAME, EDGE = "by name", "edge"
