@@ -16,7 +16,7 @@ from demo.locked import Lock, locked
 from demo.processes import DemoError, Processes
 from demo.system import Ports, System
 from demo.tour import show_tour, stay
-from deploy.compose.keeper.api import ConsulError
+from deploy.keeper.api import ConsulError
 from registry.testing.agent import ConsulNotFoundError, ConsulStartError, find_consul, running_agent
 from tools.services import SERVICES
 

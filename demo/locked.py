@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.processes import DemoError
-from deploy.compose.keeper.access import grant
-from deploy.compose.keeper.api import Consul
-from deploy.compose.keeper.grants import SERVERS
-from deploy.compose.keeper.vault import MANAGEMENT, Token, Vault
+from deploy.keeper.access import grant
+from deploy.keeper.api import Consul
+from deploy.keeper.grants import SERVERS
+from deploy.keeper.vault import MANAGEMENT, Token, Vault
 from registry import ServiceRegistry
 from registry.testing.agent import ConsulAgent
 

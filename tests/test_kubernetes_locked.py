@@ -17,12 +17,12 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
-from deploy.compose.keeper.access import grant
-from deploy.compose.keeper.api import Consul, ConsulError
-from deploy.compose.keeper.cluster import VAULT, Cluster, keep
-from deploy.compose.keeper.grants import KUBERNETES, identities, policies
-from deploy.compose.keeper.passes import AUDIENCE, ISSUER, sign_pass
-from deploy.compose.keeper.vault import Vault
+from deploy.keeper.access import grant
+from deploy.keeper.api import Consul, ConsulError
+from deploy.keeper.cluster import VAULT, Cluster, keep
+from deploy.keeper.grants import KUBERNETES, identities, policies
+from deploy.keeper.passes import AUDIENCE, ISSUER, sign_pass
+from deploy.keeper.vault import Vault
 from deploy.kubernetes.passes import sign
 from deploy.kubernetes.render import HERE, render
 from orchestrator.auth import AuthSettings

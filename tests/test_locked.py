@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from demo.locked import locked
-from deploy.compose.keeper import vault as vaults
-from deploy.compose.keeper.access import grant
-from deploy.compose.keeper.api import Consul
-from deploy.compose.keeper.grants import (
+from deploy.keeper import vault as vaults
+from deploy.keeper.access import grant
+from deploy.keeper.api import Consul
+from deploy.keeper.grants import (
     AGENT,
     CALLS,
     EDGE,
@@ -27,8 +27,8 @@ from deploy.compose.keeper.grants import (
     intentions,
     policies,
 )
-from deploy.compose.keeper.passes import AUDIENCE, ISSUER, sign_pass
-from deploy.compose.keeper.vault import Vault
+from deploy.keeper.passes import AUDIENCE, ISSUER, sign_pass
+from deploy.keeper.vault import Vault
 from orchestrator.auth import AuthSettings, RefusedError
 from registry import RegistryError, ServiceRegistry
 from registry.testing.ports import free_ports

@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.compose.keeper.cluster import VAULT
-from deploy.compose.keeper.passes import sign_pass
-from deploy.compose.keeper.vault import Vault
+from deploy.keeper.cluster import VAULT
+from deploy.keeper.passes import sign_pass
+from deploy.keeper.vault import Vault
 
 __all__ = ["sign"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 from docker.models.containers import Container
 
-from deploy.compose.keeper.grants import SERVERS
 from deploy.compose.locked.roll import leader_of
 from deploy.compose.stack import HERE
+from deploy.keeper.grants import SERVERS
 from registry import ServiceRegistry
 from tests.e2e.system import System, run_in, wait_until
 from tools.services import ROOT

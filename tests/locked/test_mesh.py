@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from deploy.compose.keeper.grants import EDGE, intentions
+from deploy.keeper.grants import EDGE, intentions
 from tests.e2e.report import Row
 from tests.e2e.system import BACKEND, run_in, wait_until
 from tests.e2e.traffic import BY_NAME, Traffic, check_once, traffic

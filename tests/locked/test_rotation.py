@@ -2,7 +2,7 @@
 
 import json
 
-from deploy.compose.keeper.grants import CALLS
+from deploy.keeper.grants import CALLS
 from tests.e2e.report import Row
 from tests.e2e.system import wait_until
 from tests.e2e.traffic import traffic

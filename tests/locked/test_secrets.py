@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import IO
 
-from deploy.compose.keeper.grants import CALLS, SERVERS
+from deploy.keeper.grants import CALLS, SERVERS
 from tests.e2e.report import Row
 from tests.e2e.system import run_in
 from tests.locked.system import JOBS, LockedSystem

@@ -15,7 +15,7 @@ MARKS = {
     "deploy/compose/docker-compose.yml": ("compose", "edge_port"),
     "deploy/compose/docker-compose.observe.yml": ("observe",),
     "deploy/compose/docker-compose.locked.yml": ("locked", "locked_reader", "locked_volume"),
-    "deploy/compose/keeper/grants.py": ("calls",),
+    "deploy/keeper/grants.py": ("calls",),
     "deploy/compose/haproxy.cfg": ("edge",),
     "deploy/kubernetes/base/services.yaml": ("kubernetes",),
     "deploy/kubernetes/locked/services.yaml": ("kubernetes_locked",),

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from deploy.compose.images import choose_images
-from deploy.compose.keeper.grants import AGENT, SERVERS
 from deploy.compose.locked.roll import wait_until_healthy
 from deploy.compose.stack import Stack, StackError, exit_code, overlaid
+from deploy.keeper.grants import AGENT, SERVERS
 from registry.testing.agent import ConsulNotFoundError
 
 _RUNNING = "The system runs, and this would replace its secrets and all that Consul holds: run `nox -s down` first."

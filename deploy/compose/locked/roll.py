@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
-from deploy.compose.keeper.grants import SERVERS
 from deploy.compose.stack import Stack, StackError
+from deploy.keeper.grants import SERVERS
 
 __all__ = ["leader_of", "roll", "wait_until_healthy"]
 

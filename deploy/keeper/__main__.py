@@ -4,13 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from deploy.compose.keeper import backup, rotation
-from deploy.compose.keeper.access import grant
-from deploy.compose.keeper.api import Consul, ConsulError
-from deploy.compose.keeper.cluster import Cluster, keep
-from deploy.compose.keeper.grants import CALLS, KUBERNETES
-from deploy.compose.keeper.passes import sign_pass
-from deploy.compose.keeper.vault import Vault
+from deploy.keeper import backup, rotation
+from deploy.keeper.access import grant
+from deploy.keeper.api import Consul, ConsulError
+from deploy.keeper.cluster import Cluster, keep
+from deploy.keeper.grants import CALLS, KUBERNETES
+from deploy.keeper.passes import sign_pass
+from deploy.keeper.vault import Vault
 
 _JOBS = (
     "make",

@@ -4,8 +4,8 @@ import io
 import tarfile
 from typing import IO
 
-from deploy.compose.keeper.api import Consul, ConsulError
-from deploy.compose.keeper.vault import Vault
+from deploy.keeper.api import Consul, ConsulError
+from deploy.keeper.vault import Vault
 
 __all__ = ["restore_consul", "restore_vault", "save"]
 

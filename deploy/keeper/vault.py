@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.compose.keeper.grants import CALLS, COMPOSE, DATACENTER, FRONT_DOOR, Place, identities
+from deploy.keeper.grants import CALLS, COMPOSE, DATACENTER, FRONT_DOOR, Place, identities
 
 __all__ = ["MANAGEMENT", "READERS", "Token", "Vault", "encode"]
 

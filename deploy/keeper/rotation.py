@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from deploy.compose.keeper.access import write_token
-from deploy.compose.keeper.api import Consul
-from deploy.compose.keeper.grants import identities
-from deploy.compose.keeper.vault import Token, Vault, new_gossip_key
+from deploy.keeper.access import write_token
+from deploy.keeper.api import Consul
+from deploy.keeper.grants import identities
+from deploy.keeper.vault import Token, Vault, new_gossip_key
 
 __all__ = ["rotate_authority", "rotate_gossip", "rotate_token"]
 

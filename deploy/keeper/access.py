@@ -3,9 +3,9 @@
 from typing import Any
 from urllib.parse import quote
 
-from deploy.compose.keeper.api import Consul
-from deploy.compose.keeper.grants import Identity, identities, intentions, policies
-from deploy.compose.keeper.vault import Token, Vault
+from deploy.keeper.api import Consul
+from deploy.keeper.grants import Identity, identities, intentions, policies
+from deploy.keeper.vault import Token, Vault
 
 __all__ = ["grant", "write_token"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.compose.keeper.api import ConsulError
-from deploy.compose.keeper.vault import Vault
+from deploy.keeper.api import ConsulError
+from deploy.keeper.vault import Vault
 
 __all__ = ["VAULT", "Cluster", "keep"]
 

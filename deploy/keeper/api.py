@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deploy.compose.keeper.vault import MANAGEMENT, Vault
+from deploy.keeper.vault import MANAGEMENT, Vault
 
 __all__ = ["Consul", "ConsulError"]
 

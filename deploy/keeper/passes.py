@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from deploy.compose.keeper.vault import Vault, encode
+from deploy.keeper.vault import Vault, encode
 
 __all__ = ["AUDIENCE", "ISSUER", "sign_pass"]
 
