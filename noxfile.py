@@ -102,7 +102,7 @@ def e2e(session: nox.Session) -> None:
 
 @nox.session(name="e2e-locked")
 def e2e_locked(session: nox.Session) -> None:
-    """Play the scenes of tokens, TLS and three servers, in twenty minutes; arguments go to those on containers."""
+    """Play the scenes of tokens, TLS and three servers, in ten minutes; arguments go to those on containers."""
     install(session)
     if not session.posargs:
         session.run("pytest", "-q", "tests/failover/test_mesh_scenes.py")  # on processes
