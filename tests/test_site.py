@@ -20,6 +20,14 @@ PAGE = """# Page
 ## A heading
 
 [Back](../README.md)
+
+```bash containers
+docker ps
+```
+
+```bash somewhere
+ls
+```
 """
 REFERENCE = (
     "# Reference\n\n" + "\n\n".join(f"::: registry.conformance.{name}" for name in ("examine", "Finding")) + "\n"
@@ -45,10 +53,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_sound_site_is_built(root: Path) -> None:
-    """Pages keep their places, a block of a file has the file's name as its title, and names have entries."""
+    """Pages keep their places, a block has the name of its file as title and no other word, and names have entries."""
     assert site.main() == 0
     html = root / ".site/html"
     assert 'class="filename">x.py<' in (html / "index.html").read_text()
+    page = (html / "docs/page.html").read_text()
+    assert page.count('class="highlight"') == 2
+    assert "somewhere" not in page
     assert 'id="registry.conformance.examine"' in (html / "docs/reference/conformance.html").read_text()
 
 
@@ -58,6 +69,7 @@ def test_a_sound_site_is_built(root: Path) -> None:
         ("docs/page.md", "../README.md", "../READ.md", "page does not exist"),
         ("README.md", "#a-heading", "#another", "anchor does not exist"),
         ("README.md", "# Home", "# Home\n\n![x](https://example.org/x.png)", "parts from elsewhere"),
+        ("README.md", "```python file=x.py", "```python of two words", "'```python of two words' is no fence"),
         ("docs/reference/conformance.md", "examine", "examined", "Could not collect 'registry.conformance.examined'"),
         ("zensical.toml", '"docs/page.md", ', "", "docs/page.md is not in the navigation"),
         ("zensical.toml", '"docs/page.md"', '"docs/page.md", "docs/other.md"', "docs/other.md is in the navigation"),

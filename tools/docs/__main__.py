@@ -30,7 +30,7 @@ PUBLIC = (
     "registry.testing.instances",
 )
 """The modules whose ``__all__`` the reference must have."""
-_FENCE = re.compile(r"^```(\w+) (?:file=(\S+)|(background)|containers)$", re.MULTILINE)
+_FENCE = re.compile(r"^```(\w+) (?:file=(\S+)|(background)|\w+)$", re.MULTILINE)
 _ELSEWHERE = re.compile(r"<(?:script|img|iframe|link(?![^>]*canonical))\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>")
 _ESCAPES = re.compile(r"\x1b\[[\d;]*m")
 
@@ -41,7 +41,7 @@ def main() -> int:
     shutil.rmtree(site, ignore_errors=True)
     _stage(site / "pages")
     shutil.copy2(ROOT / "zensical.toml", site)
-    problems = [*_missing_in_navigation(site / "pages"), *_build(site)]
+    problems = [*_missing_in_navigation(site / "pages"), *_unreadable_fences(site / "pages"), *_build(site)]
     if not problems:
         problems = [*_missing_in_reference(site / "html"), *_loaded_from_elsewhere(site / "html")]
     sys.stderr.writelines(f"{problem}\n" for problem in problems)
@@ -94,6 +94,13 @@ def _leaves(node: Any) -> Iterator[str]:
     else:
         for child in node.values() if isinstance(node, dict) else node:
             yield from _leaves(child)
+
+
+def _unreadable_fences(pages: Path) -> Iterator[str]:
+    # zensical takes them, and often much of what follows, for text, and says nothing.
+    for page in sorted(pages.glob("**/*.md")):
+        for fence in re.findall(r"^ *```\w+ (?!title=).*$", page.read_text(), re.MULTILINE):
+            yield f"{page.relative_to(pages)}: {fence!r} is no fence: a word after the language, or file=, is one."
 
 
 def _missing_in_reference(html: Path) -> Iterator[str]:
