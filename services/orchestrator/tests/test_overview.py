@@ -82,7 +82,8 @@ async def register(agent: ConsulAgent, name: str, port: int, status: str) -> Non
                 and (instance_id in passing) == (status == "passing")
             )
 
-        with anyio.fail_after(10):
+        # What an agent could not tell its server at once, it tells it 15 to 30 s later.
+        with anyio.fail_after(40):
             while not await anyio.to_thread.run_sync(checked):  # noqa: ASYNC110 (Consul has no event for it)
                 await anyio.sleep(0.02)
 
