@@ -6,8 +6,7 @@ import os
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from orchestrator.auth import AuthSettings
 from registry import ConsulSettings, RegistryError, ServiceRegistry
 from registry.testing.ports import free_ports
 from tests.support.api_server import ApiServer, ApiServerNotFoundError, running_api_server
+from tests.support.command import wait_until
 from tests.test_kubernetes import AGENT, NAMES, POSTGRES, SERVERS, Manifests
 from tools.services import SERVICES as TABLE
 
@@ -217,21 +217,17 @@ def service(made: Manifests, name: str, readers: Path, **settings: str) -> Itera
     address = f"{probe['scheme'].lower()}://127.0.0.1:{port}"
     with subprocess.Popen(command, env=os.environ | variables) as process:
         try:
-            wait_until(lambda: httpx.get(f"{address}{probe['path']}", verify=False, trust_env=False).is_success)
+            wait_until(lambda: succeeds(f"{address}{probe['path']}"), 60)
             yield address
         finally:
             process.terminate()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Returns when it holds; what is not there yet is asked again."""
-    deadline = time.monotonic() + 60
-    while True:
-        with suppress(RegistryError, httpx.TransportError):
-            if condition():
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+def succeeds(url: str, caller: Mapping[str, str] | None = None) -> bool:
+    """Whether it answers so, whoever it says that it is; not while nobody listens there."""
+    with suppress(httpx.TransportError):
+        return httpx.get(url, headers=caller, verify=False, trust_env=False, timeout=10).is_success
+    return False
 
 
 def test_the_locked_system_runs(made: Manifests, vault: Vault, tmp_path: Path, consul_binary: Path) -> None:
@@ -267,7 +263,7 @@ def test_the_locked_system_runs(made: Manifests, vault: Vault, tmp_path: Path, c
         asked = f"{door}/api/health/research-api"
         assert httpx.get(asked, trust_env=False).status_code == 401
         caller = {"Authorization": f"Bearer {sign_pass(vault, 'alice')}"}
-        wait_until(lambda: httpx.get(asked, headers=caller, trust_env=False, timeout=10).is_success)
+        wait_until(lambda: succeeds(asked, caller), 60)
         with stranger(vault, "backend-api", local["https"]) as registry, pytest.raises(RegistryError):
             registry.register_service("research-api", "127.0.0.1", 8009)
         assert forget(made, vault.readers / AGENT, at["https"], "any-node") == "true"

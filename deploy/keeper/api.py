@@ -4,12 +4,12 @@ import http.client
 import json
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deploy.keeper.vault import MANAGEMENT, Vault
 
-__all__ = ["Consul", "ConsulError"]
+__all__ = ["Consul", "ConsulError", "exchange"]
 
 _PORT = 8500
 _SECONDS = 60.0
@@ -23,6 +23,18 @@ class ConsulError(Exception):
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
+
+
+def exchange(
+    connection: http.client.HTTPSConnection, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+) -> tuple[int, bytes]:
+    """Status and content of the answer, after which the connection is closed. Raises: OSError, HTTPException."""
+    try:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
 
 
 class Consul:
@@ -63,17 +75,13 @@ class Consul:
         for host in hosts:
             connection = http.client.HTTPSConnection(host, self._port, timeout=20, context=self._trust)
             try:
-                connection.request(method, path, body, {"X-Consul-Token": self._token})
-                answer = connection.getresponse()
-                content = answer.read()
+                status, content = exchange(connection, method, path, body, {"X-Consul-Token": self._token})
             except (OSError, http.client.HTTPException) as error:
                 silent = f"{host}: {error}"
                 continue
-            finally:
-                connection.close()
-            if answer.status >= 400:
+            if status >= 400:
                 said = content.decode(errors="replace")[:300]
-                raise ConsulError(f"{method} {path.partition('?')[0]}: {answer.status} {said}", answer.status)
+                raise ConsulError(f"{method} {path.partition('?')[0]}: {status} {said}", status)
             return content
         raise ConsulError(f"{method} {path}: no agent of Consul answers ({silent})")
 

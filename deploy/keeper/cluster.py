@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.keeper.api import ConsulError
+from deploy.keeper.api import ConsulError, exchange
 from deploy.keeper.vault import Vault
 
 __all__ = ["VAULT", "Cluster", "keep"]
@@ -60,18 +60,15 @@ class Cluster:
         connection = http.client.HTTPSConnection(self.host, self.port, timeout=20, context=self.trust)
         path = f"/api/v1/namespaces/{self.namespace}/secrets/{name}".rstrip("/")
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        sent = None if body is None else json.dumps(body).encode()
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            content = answer.read()
+            status, content = exchange(connection, method, path, sent, headers)
         except (OSError, http.client.HTTPException) as error:
             raise ConsulError(f"{method} {path}: Kubernetes does not answer ({error})") from error
-        finally:
-            connection.close()
-        if answer.status == 404:
+        if status == 404:
             return None
-        if answer.status >= 400:
-            raise ConsulError(f"{method} {path}: {answer.status} {json.loads(content).get('message')}", answer.status)
+        if status >= 400:
+            raise ConsulError(f"{method} {path}: {status} {json.loads(content).get('message')}", status)
         return json.loads(content)
 
 
