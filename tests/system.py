@@ -66,6 +66,12 @@ class System:
         answer = httpx.get(f"{self.consul.url}/v1/health/service/{service}?passing", trust_env=False, verify=False)
         return {entry["Service"]["ID"] for entry in answer.json()}
 
+    def is_checked(self, instance_id: str) -> bool:
+        """Whether Consul has asked it. One that was killed before fails its first check, and one is enough then."""
+        path = f"/v1/agent/health/service/id/{instance_id}"
+        answer = httpx.get(f"{self.consul.url}{path}", trust_env=False, verify=False)
+        return all(check["Output"] for check in answer.json()["Checks"])
+
     @contextmanager
     def without(self, instance_id: str, number: signal.Signals) -> Iterator[None]:
         """The process has ended inside, by the signal; after, it is back under the same id."""
