@@ -210,7 +210,7 @@ async def test_nonexistent_names_leave_no_watches(
     monkeypatch.setattr("registry.consul.watch.WAIT", 1)
     names = [f"{service_name}-{number}" for number in range(300)]
     with registered(service_registry, service_name, 1):
-        async with resolving(consul_agent, "consul", max_watches=10, idle_timeout=1.0) as resolver:
+        async with resolving(consul_agent, "consul", max_watches=10, idle_timeout=3.0) as resolver:
             await resolver.ready(service_name)
             for name in names:
                 await resolver.ready(name)

@@ -129,7 +129,7 @@ async def test_granian_replaces_its_workers_unnoticed(
     start: Start, client: ServiceDiscoveryClient, service_name: str
 ) -> None:
     """SIGHUP starts each new worker before the old one goes: the only instance never leaves Consul, nothing fails."""
-    one = await asyncio.to_thread(start, [*GRANIAN, "--workers=2", "--respawn-interval=2"])
+    one = await asyncio.to_thread(start, [*GRANIAN, "--workers=2", "--respawn-interval=4"])
 
     def replaced() -> bool:
         assert one.is_found()
