@@ -13,7 +13,6 @@ from registry import (
     AttemptOutcome,
     DiscoveryTransport,
     EjectionPolicy,
-    Endpoint,
     EndpointState,
     Instance,
     RetryPolicy,
@@ -23,8 +22,8 @@ from registry import (
 )
 from registry.discovery import context
 from registry.discovery.advice import NOT_EXECUTED_HEADER, why_declined
-from registry.discovery.balancing import Candidates
 from registry.discovery.blame import Blame, Failure, judge
+from tests.support.policies import in_order
 from tests.support.server import Answer, Request, Serve
 
 SHED = {NOT_EXECUTED_HEADER: "lag", "Retry-After": "0"}
@@ -53,10 +52,6 @@ class Fleet(httpx.AsyncBaseTransport):
         instances = [Instance(name, "cards", f"10.0.0.{number}", 80) for number, name in enumerate(names)]
         options = {"policy": in_order, "retry_delay": 0.001, **options}
         return ServiceDiscoveryClient(StaticResolver({"cards": instances}), transport=self, **options)
-
-
-def in_order(candidates: Candidates, now: float) -> Endpoint:
-    return min(candidates, key=lambda endpoint: endpoint.instance.id)
 
 
 def outcomes(client: ServiceDiscoveryClient) -> dict[str, Mapping[AttemptOutcome, int]]:

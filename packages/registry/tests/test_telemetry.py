@@ -24,9 +24,8 @@ from registry import (
     StaticResolver,
 )
 from registry.background import background_context, prepare_background
-from registry.discovery.balancing import Candidates
-from registry.discovery.endpoint import Endpoint
 from registry.telemetry import Journal
+from tests.support.policies import in_order
 from tests.support.raw import OK, raw_servers
 
 Handler = Callable[[httpx.Request], Awaitable[httpx.Response]]
@@ -85,10 +84,6 @@ class Fleet(httpx.AsyncBaseTransport):
         self.sent.append(request)
         name = next(each.id for each in self.instances if each.address == request.url.host)
         return await self.does[name](request) if name in self.does else httpx.Response(200)
-
-
-def in_order(candidates: Candidates, now: float) -> Endpoint:
-    return min(candidates, key=lambda endpoint: endpoint.instance.id)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -23,17 +23,12 @@ from registry import (
     StaticResolver,
     SyncDiscoveryTransport,
 )
-from registry.discovery.balancing import Candidates
-from registry.discovery.endpoint import Endpoint
 from registry.testing.ports import free_ports
 from registry.tracing import TracingObserver
+from tests.support.policies import in_order
 from tests.support.raw import OK, Handler, RawServer, raw_servers
 
 OWN = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
-
-
-def in_order(candidates: Candidates, now: float) -> Endpoint:
-    return min(candidates, key=lambda endpoint: endpoint.instance.id)
 
 
 async def ok(request: bytes, writer: asyncio.StreamWriter) -> bool:

@@ -20,10 +20,9 @@ from registry import (
     StaticResolver,
 )
 from registry.discovery import context
-from registry.discovery.balancing import Candidates
 from registry.discovery.blame import Failure
-from registry.discovery.endpoint import Endpoint
 from registry.model import Snapshot
+from tests.support.policies import in_order
 from tests.support.server import Answer, Request, Serve
 
 Handler = Callable[[httpx.Request], Awaitable[httpx.Response]]
@@ -76,11 +75,6 @@ class _Counted(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         self._closed()
-
-
-def in_order(candidates: Candidates, now: float) -> Endpoint:
-    """A policy without chance: the first by id."""
-    return min(candidates, key=lambda endpoint: endpoint.instance.id)
 
 
 async def ok(request: httpx.Request) -> httpx.Response:
