@@ -32,6 +32,11 @@ class System:
             return {str(entry["Service"]["ID"]) for entry in entries}
         return set()
 
+    def zones(self, service: Service = BACKEND) -> dict[str, str | None]:
+        """The instances that are passing, each with the zone that it is registered with. Raises: KubeError."""
+        entries = self._consul(f"/v1/health/service/{service.name}?passing")
+        return {str(entry["Service"]["ID"]): entry["Service"]["Meta"].get("zone") for entry in entries}
+
     def leader(self) -> dict[str, Any]:
         """The pod of the server that leads. Raises: KubeError; StopIteration while none does."""
         address = str(self._consul("/v1/status/leader")).partition(":")[0]
@@ -110,9 +115,9 @@ class System:
         password = 'export PGPASSWORD=$(cat "$POSTGRES_PASSWORD_FILE"); exec "$@"'
         return self.cluster.kubectl("exec", "postgres-0", "--", "sh", "-c", password, "sh", *psql)
 
-    def calling(self, rate: float) -> list[str]:
+    def calling(self, rate: float, zone: str | None) -> list[str]:
         """The command that runs the load in the pod that calls by name."""
-        caller = ["python", "-m", "tests.e2e.caller", "--rate", f"{rate}"]
+        caller = ["python", "-m", "tests.e2e.caller", "--rate", f"{rate}", *(["--zone", zone] if zone else [])]
         return self.cluster.command("exec", "-i", "deployment/client", "--", *caller)
 
     def _consul(self, path: str) -> Any:

@@ -1,4 +1,4 @@
-# The first process of a node. Killed, it takes everything in the node with it. From node.py: NODE, ITS, ADDRESS, KUBECONFIG, programs.
+# The first process of a node. Killed, it takes everything in the node with it. From node.py: NODE, ITS, ADDRESS, ZONE, KUBECONFIG, programs.
 set -eu
 mount --make-rprivate / && mount --make-rshared / # what pods mount is theirs alone, what the node mounts is theirs, too
 mount -t tmpfs tmpfs /run
@@ -9,6 +9,6 @@ mkdir -p /run/netns /run/lock
 "$CONTAINERD" --config "$ITS/containerd.toml" >>"$ITS/containerd.log" 2>&1 &
 while [ ! -S /run/containerd/containerd.sock ]; do sleep 0.1; done
 "$KUBELET" --config="$ITS/kubelet.json" --kubeconfig="$KUBECONFIG" --hostname-override="$NODE" --node-ip="$ADDRESS" \
-  --root-dir=/var/lib/kubelet --cert-dir=/var/lib/kubelet/pki >>"$ITS/kubelet.log" 2>&1 &
+  --node-labels="topology.kubernetes.io/zone=$ZONE" --root-dir=/var/lib/kubelet --cert-dir=/var/lib/kubelet/pki >>"$ITS/kubelet.log" 2>&1 &
 "$PROXY" --config="$ITS/proxy.json" >>"$ITS/proxy.log" 2>&1 &
 while true; do wait -n || true; sleep 0.2; done # it reaps what loses its parent

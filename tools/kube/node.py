@@ -12,7 +12,7 @@ from tools.kube import fabric
 from tools.kube.groups import entered, group_of, make_group, remove_group
 from tools.kube.images import SEED
 from tools.kube.pki import PKI
-from tools.kube.place import PLACE, KubeError, address, end, inside, remove, running, start, wait_until
+from tools.kube.place import PLACE, KubeError, address, end, inside, remove, running, start, wait_until, zone
 from tools.kube.programs import Programs
 
 __all__ = ["kill_node", "remove_node", "runs", "start_node"]
@@ -67,6 +67,7 @@ def start_node(node: int, programs: Programs) -> None:
             "NODE": name,
             "ITS": str(folder),
             "ADDRESS": address(node),
+            "ZONE": zone(node),
             "KUBECONFIG": f"{PKI}/{name}.kubeconfig",
             "CONTAINERD": programs.which("containerd"),
             "KUBELET": programs["kubelet"],

@@ -22,6 +22,7 @@ __all__ = [
     "running",
     "start",
     "wait_until",
+    "zone",
 ]
 
 PLACE = Path("/var/tmp/registry-kube")  # noqa: S108 - in no cache: overlays do not work on every file system
@@ -43,6 +44,11 @@ class KubeError(Exception):
 def address(node: int) -> str:
     """Of a node in the fabric; its pods are in 10.244.{node}.0/24."""
     return f"10.214.0.{10 + node}"
+
+
+def zone(node: int) -> str:
+    """Where a node is, as its label says: each in one of its own."""
+    return f"zone-{node}"
 
 
 def inside(namespace: str, *command: str) -> list[str]:
