@@ -12,7 +12,7 @@ from tools.services import SERVICES
 HERE = 1
 """The node of the caller."""
 KEPT = 0.6
-"""At least so much stays; without zones, a third would. All but 2 % stay unless answers here are slower than elsewhere."""
+"""At least so much stays; without zones, a third would. All but 2 % stay, unless answers here are slower than there."""
 CALLS = 100
 """Of each kind, from which a share is taken."""
 
