@@ -46,13 +46,14 @@ def test_nobody_else_is_ended(run: Path) -> None:
 
 
 def test_every_program_is_in_the_recipe() -> None:
-    """Kubernetes' recipe has each program, and each is found by its name; both recipes pin one version."""
+    """Kubernetes' recipe has each program, and each is found by its name; every recipe pins one version."""
     recipe = HERE / "kubernetes"
     found = re.findall(r'^import _ "(.+)"$', (recipe / "tools.go").read_text(), re.MULTILINE)
     assert {package.rpartition("/")[2] for package in found} == set(KUBERNETES)
     assert [golang._package(recipe, name) for name in KUBERNETES] == [f"k8s.io/kubernetes/cmd/{n}" for n in KUBERNETES]
     assert pinned_version(recipe, "k8s.io/kubernetes")
     assert pinned_version(HERE / "coredns", "github.com/coredns/coredns")
+    assert pinned_version(HERE / "router", "github.com/cloudnativelabs/kube-router/v2")
 
 
 def test_certificates_name_who_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

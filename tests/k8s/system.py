@@ -120,6 +120,16 @@ class System:
         caller = ["python", "-m", "tests.e2e.caller", "--rate", f"{rate}", *(["--zone", zone] if zone else [])]
         return self.cluster.command("exec", "-i", "deployment/client", "--", *caller)
 
+    def connects(self, address: str, port: int) -> bool:
+        """Whether the pod that calls gets a connection to there."""
+        knock = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
+        command = self.cluster.command("exec", "deployment/client", "--", "python", "-c", knock, address, f"{port}")
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def label_client(self, label: str) -> None:
+        """Changes a label of the pod that calls, as ``kubectl label`` writes it. Raises: KubeError."""
+        self.cluster.kubectl("label", "--overwrite", "pod", "--selector=app=client", label)
+
     def _consul(self, path: str) -> Any:
         """What the agent of the client's node says to the client. Raises: KubeError."""
         said = self.cluster.kubectl("exec", "deployment/client", "--", "python", "-m", "tests.k8s.ask", path)

@@ -47,6 +47,7 @@ class Cluster:
         make_certificates()
         fabric.lay()
         start_control_plane(self._programs)
+        self.apply("-f", str(_OWN / "router.yaml"))
         say("the control plane is ready")
         for node in NODES:
             start_node(node, self._programs)

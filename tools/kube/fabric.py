@@ -30,7 +30,8 @@ def lay() -> None:
         _in(name, "ip", "address", "add", f"{address(node)}/24", "dev", "eth0")
         _in(name, "ip", "link", "set", "eth0", "up")
         _in(name, "ip", "route", "add", "default", "via", ADDRESS)
-        _in(name, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        # Policies hold between pods of one node, too, whose packets only cross a bridge.
+        _in(name, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.bridge.bridge-nf-call-iptables=1")
         for other in NODES:
             if other != node:
                 _in(name, "ip", "route", "add", f"10.244.{other}.0/24", "via", address(other))

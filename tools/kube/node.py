@@ -1,4 +1,4 @@
-"""A node: its own network, mounts, processes and host name, with containerd, a kubelet and kube-proxy in it."""
+"""A node: its own network, mounts, processes and host name, with containerd, kubelet, kube-proxy and kube-router."""
 
 import json
 import os
@@ -72,6 +72,8 @@ def start_node(node: int, programs: Programs) -> None:
             "CONTAINERD": programs.which("containerd"),
             "KUBELET": programs["kubelet"],
             "PROXY": programs["kube-proxy"],
+            "ROUTER": programs["kube-router"],
+            "ROUTER_KUBECONFIG": f"{PKI}/router.kubeconfig",
         },
     )
 

@@ -19,6 +19,7 @@ _USERS = {
     "controller-manager": ("system:kube-controller-manager", "none"),
     "scheduler": ("system:kube-scheduler", "none"),
     "proxy": ("system:kube-proxy", "none"),
+    "router": ("kube-router", "none"),
     **{f"node{node}": (f"system:node:node{node}", "system:nodes") for node in NODES},
 }
 """File → user and group."""

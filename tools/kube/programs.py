@@ -1,6 +1,6 @@
-"""The programs of the nodes: Kubernetes and CoreDNS built from their Go modules, the rest from Debian's packages.
+"""The programs of the nodes: Kubernetes, CoreDNS and kube-router from Go modules, the rest from Debian's packages.
 
-All is kept in ``registry-kube`` in the user's cache. Versions: kubernetes/go.mod and coredns/go.mod.
+All is kept in ``registry-kube`` in the user's cache. Versions: the go.mod of each.
 """
 
 import os
@@ -17,7 +17,8 @@ __all__ = ["HERE", "KUBERNETES", "Programs", "find_programs"]
 
 HERE = Path(__file__).parent
 KUBERNETES = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl")
-_DEBIAN = ("etcd-server", "containernetworking-plugins", "containerd", "runc")
+_DEBIAN = ("etcd-server", "containernetworking-plugins", "containerd", "runc", "ipset", "libipset13")
+_ROUTER = "github.com/cloudnativelabs/kube-router/v2"
 _NEEDED = ("nsenter", "unshare", "ip", "iptables", "apt-get", "dpkg")
 
 
@@ -37,7 +38,11 @@ class Programs:
     def environment(self) -> dict[str, str]:
         """With what is installed before what was only unpacked."""
         unpacked = [str(self._debian / folder) for folder in ("usr/bin", "usr/sbin")]
-        return {"PATH": os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin", *unpacked])}
+        libraries = {str(library.parent) for library in self._debian.glob("usr/lib/*/*.so.*")}
+        return {
+            "PATH": os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin", *unpacked]),
+            "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+        }
 
     def which(self, name: str) -> str:
         """A program of Debian's. Raises: KubeError."""
@@ -56,7 +61,7 @@ def find_programs() -> Programs:
     if missing := [name for name in _NEEDED if not shutil.which(name)]:
         raise KubeError(f"Missing here: {', '.join(missing)}. apt-get install util-linux iproute2 iptables")
     place = _cache()
-    kubernetes, dns = HERE / "kubernetes", HERE / "coredns"
+    kubernetes, dns, router = HERE / "kubernetes", HERE / "coredns", HERE / "router"
     module = "k8s.io/kubernetes"
     version = f"v{pinned_version(kubernetes, module)}"
     stamps = " ".join(f"-X k8s.io/{part}/version.gitVersion={version}" for part in ("component-base", "client-go/pkg"))
@@ -64,6 +69,7 @@ def find_programs() -> Programs:
     options = ("-tags=netgo,osusergo", f"-ldflags=-s -w {stamps}")
     paths = {name: find_built(name, kubernetes, module, *options, place=place) for name in KUBERNETES}
     paths["coredns"] = find_built("coredns", dns, "github.com/coredns/coredns", options[0], place=place)
+    paths["kube-router"] = find_built("kube-router", router, _ROUTER, options[0], place=place)
     return Programs(paths, _unpack(place / "debian"))
 
 
@@ -76,14 +82,14 @@ def _unpack(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder.with_suffix(".lock")):
         done = folder / "done"
-        if not done.exists():
+        if not done.exists() or done.read_text().split() != [*_DEBIAN]:
             say(f"Fetching {', '.join(_DEBIAN)} from Debian's packages.\n")
             _apt("update", "-qq", folder=folder)
             _apt("download", "-qq", *_DEBIAN, folder=folder)
             for package in folder.glob("*.deb"):
                 subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True)
                 package.unlink()
-            done.touch()
+            done.write_text(" ".join(_DEBIAN))
     return folder
 
 
