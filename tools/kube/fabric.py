@@ -1,6 +1,7 @@
 """The network of the nodes: a bridge in a namespace of its own, and a cable from it to each node's."""
 
 import subprocess
+from pathlib import Path
 
 from tools.kube.place import ADDRESS, FABRIC, NODES, address, inside
 
@@ -14,6 +15,8 @@ def namespace(node: int) -> str:
 
 def lay() -> None:
     """Makes all of it."""
+    if not Path("/proc/sys/net/bridge").exists():
+        _run("modprobe", "br_netfilter")
     _run("ip", "netns", "add", FABRIC)
     _in(FABRIC, "ip", "link", "set", "lo", "up")
     _in(FABRIC, "ip", "link", "add", "nodes", "type", "bridge")
