@@ -13,7 +13,7 @@ from registry.testing import golang
 from registry.testing.binary import pinned_version
 from tools.kube import pki, place
 from tools.kube.cluster import VOLUMES
-from tools.kube.programs import HERE, KUBERNETES
+from tools.kube.programs import BESIDE, HERE, KUBERNETES
 
 
 @pytest.fixture
@@ -52,8 +52,7 @@ def test_every_program_is_in_the_recipe() -> None:
     assert {package.rpartition("/")[2] for package in found} == set(KUBERNETES)
     assert [golang._package(recipe, name) for name in KUBERNETES] == [f"k8s.io/kubernetes/cmd/{n}" for n in KUBERNETES]
     assert pinned_version(recipe, "k8s.io/kubernetes")
-    assert pinned_version(HERE / "coredns", "github.com/coredns/coredns")
-    assert pinned_version(HERE / "router", "github.com/cloudnativelabs/kube-router/v2")
+    assert all(pinned_version(HERE / name, module) for name, module in BESIDE.items())
 
 
 def test_certificates_name_who_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,7 @@ class System:
     def passing(self, service: Service = BACKEND) -> set[str]:
         """The ids that Consul says are passing; none while it can't be asked."""
         with suppress(KubeError):
-            entries = self._consul(f"/v1/health/service/{service.name}?passing")
-            return {str(entry["Service"]["ID"]) for entry in entries}
+            return set(self.zones(service))
         return set()
 
     def zones(self, service: Service = BACKEND) -> dict[str, str | None]:
@@ -96,12 +95,17 @@ class System:
         cluster.kubectl("scale", f"deployment/{BACKEND.name}", f"--replicas={BACKENDS}")
         cluster.wait_until_rolled_out()
         if {pod["spec"]["nodeName"] for pod in cluster.pods(BACKEND.name)} != {f"node{node}" for node in NODES}:
-            cluster.kubectl("rollout", "restart", f"deployment/{BACKEND.name}")
-            cluster.wait_until_rolled_out()
+            self.roll()
         self.wait_until_everyone_passes(BACKENDS)
         for service in SERVICES:
             wait_until(partial(self.everyone_passes, service), _SECONDS, f"{service.name} passes")
         self.query("truncate cards")
+
+    def roll(self) -> None:
+        """Restarts the backends, and returns when all of them are new. Raises: KubeError."""
+        deployment = f"deployment/{BACKEND.name}"
+        self.cluster.kubectl("rollout", "restart", deployment)
+        self.cluster.kubectl("rollout", "status", deployment, f"--timeout={_SECONDS:.0f}s")
 
     def cards(self) -> dict[str, int]:
         """Title, without its spaces → how many cards in the database carry it."""

@@ -50,8 +50,7 @@ def test_rollout_restart(system: System, scene: Row) -> None:
         scene.load = load
         for _ in range(2):
             before = system.instances()
-            system.cluster.kubectl("rollout", "restart", f"deployment/{BACKEND.name}")
-            system.cluster.kubectl("rollout", "status", f"deployment/{BACKEND.name}", "--timeout=180s")
+            system.roll()
             caught_up = system.wait_until_everyone_passes(BACKENDS)
             assert not before & system.instances()
             scene.seen.append(f"rolled, Consul has the new ones {caught_up:.1f} s later")

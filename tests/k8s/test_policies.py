@@ -1,5 +1,6 @@
 """The NetworkPolicies, enforced: who is no service is let in by the front door only."""
 
+from deploy.keeper.grants import FRONT_DOOR
 from tests.e2e.system import wait_until
 from tests.k8s.report import Row
 from tests.k8s.system import System, address_of
@@ -7,7 +8,6 @@ from tools.services import SERVICES
 
 COMPONENT = "app.kubernetes.io/component"
 """The label that makes a pod a service, for policies."""
-FRONT_DOOR = next(service for service in SERVICES if service.folder == "orchestrator")
 _SECONDS = 30.0
 """Within which what a label allows is known on every node."""
 
@@ -37,8 +37,8 @@ def test_strangers_are_not_let_in(system: System, scene: Row) -> None:
     wait_until_let_in(open_to_services)
     try:
         system.label_client(f"{COMPONENT}-")
-        wait_until_let_in({FRONT_DOOR.name})
+        wait_until_let_in({FRONT_DOOR})
     finally:
         system.label_client(f"{COMPONENT}=service")
     wait_until_let_in(open_to_services)
-    scene.seen.append(f"a service gets to services and the agents of Consul, a stranger to {FRONT_DOOR.name} only")
+    scene.seen.append(f"a service gets to services and the agents of Consul, a stranger to {FRONT_DOOR} only")

@@ -3,7 +3,7 @@
 import time
 
 from tests.k8s.report import Row
-from tests.k8s.system import BACKEND, BACKENDS, System, instance_of
+from tests.k8s.system import BACKENDS, System, instance_of
 from tests.k8s.test_pods import none_failed
 from tests.k8s.traffic import Traffic, traffic
 from tools.kube.place import NODES, zone
@@ -28,12 +28,12 @@ def share_of(own: str, system: System, load: Traffic) -> float:
 
 def test_a_zone_is_left(system: System, scene: Row) -> None:
     """A caller's zone loses its only backend, and gets another."""
+    zones = {f"node{node}": zone(node) for node in NODES}
     for service in SERVICES:
         pods = system.cluster.pods(service.name)
-        labelled = {instance_of(pod, service): zone(int(pod["spec"]["nodeName"].removeprefix("node"))) for pod in pods}
-        assert system.zones(service) == labelled
-    assert set(system.zones().values()) == set(map(zone, NODES))
-    deployment, own = f"deployment/{BACKEND.name}", zone(HERE)
+        assert system.zones(service) == {instance_of(pod, service): zones[pod["spec"]["nodeName"]] for pod in pods}
+    assert set(system.zones().values()) == set(zones.values())
+    own = zone(HERE)
     with traffic(system, zone=own) as load:
         scene.load = load
         before = share_of(own, system, load)
@@ -42,8 +42,7 @@ def test_a_zone_is_left(system: System, scene: Row) -> None:
         system.wait_until_everyone_passes(BACKENDS)
         without = share_of(own, system, load)
         system.cluster.kubectl("uncordon", f"node{HERE}")
-        system.cluster.kubectl("rollout", "restart", deployment)
-        system.cluster.kubectl("rollout", "status", deployment, "--timeout=180s")
+        system.roll()
         system.wait_until_everyone_passes(BACKENDS)
         again = share_of(own, system, load)
         scene.seen.append(f"{before:.0%} of the calls stay in the zone, {without:.0%} without it, {again:.0%} after")

@@ -18,9 +18,9 @@ _LONGEST = 120.0
 class Traffic:
     """A caller, calling while its context is open; made by `traffic`."""
 
-    def __init__(self, system: System, rate: float, zone: str | None) -> None:
+    def __init__(self, system: System, zone: str | None) -> None:
         self._system = system
-        self._caller = Caller(system.calling(rate, zone))
+        self._caller = Caller(system.calling(RATE, zone))
         self.doubled: tuple[str, ...] = ()
         """Ids of POSTs that are in the database more than once; known when the load has ended, as is the next."""
         self.lost: tuple[str, ...] = ()
@@ -59,12 +59,12 @@ class Traffic:
 
 
 @contextmanager
-def traffic(system: System, rate: float = RATE, zone: str | None = None) -> Iterator[Traffic]:
+def traffic(system: System, zone: str | None = None) -> Iterator[Traffic]:
     """Load on backend-api while the context is open, and a little before and after; then what came of it is known.
 
     ``zone``: where the caller says that it runs; None: it has no zone, and calls all alike.
     """
-    load = Traffic(system, rate, zone)
+    load = Traffic(system, zone)
     try:
         load.start()
         load.go_on_for(BEFORE)

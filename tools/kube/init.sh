@@ -13,7 +13,7 @@ while [ ! -S /run/containerd/containerd.sock ]; do sleep 0.1; done
 "$PROXY" --config="$ITS/proxy.json" >>"$ITS/proxy.log" 2>&1 &
 # Of what it can do, only NetworkPolicies. It ends while nobody knows its node.
 while true; do
-  "$ROUTER" --run-firewall --run-router=false --run-service-proxy=false --kubeconfig="$ROUTER_KUBECONFIG" --hostname-override="$NODE" \
-    --service-cluster-ip-range=10.96.0.0/16 --health-port=0 >>"$ITS/router.log" 2>&1 || sleep 1
+  "$ROUTER" --run-firewall --run-router=false --run-service-proxy=false --health-port=0 --kubeconfig="$ROUTER_KUBECONFIG" \
+    --hostname-override="$NODE" >>"$ITS/router.log" 2>&1 || sleep 1
 done &
 while true; do wait -n || true; sleep 0.2; done # it reaps what loses its parent

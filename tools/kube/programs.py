@@ -13,12 +13,13 @@ from registry.testing.progress import alone, say
 from tools.built import find_built
 from tools.kube.place import KubeError
 
-__all__ = ["HERE", "KUBERNETES", "Programs", "find_programs"]
+__all__ = ["BESIDE", "HERE", "KUBERNETES", "Programs", "find_programs"]
 
 HERE = Path(__file__).parent
 KUBERNETES = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl")
 _DEBIAN = ("etcd-server", "containernetworking-plugins", "containerd", "runc", "ipset", "libipset13")
-_ROUTER = "github.com/cloudnativelabs/kube-router/v2"
+BESIDE = {"coredns": "github.com/coredns/coredns", "kube-router": "github.com/cloudnativelabs/kube-router/v2"}
+"""Program, whose recipe is in a folder of its name → module."""
 _NEEDED = ("nsenter", "unshare", "ip", "iptables", "apt-get", "dpkg")
 
 
@@ -61,15 +62,13 @@ def find_programs() -> Programs:
     if missing := [name for name in _NEEDED if not shutil.which(name)]:
         raise KubeError(f"Missing here: {', '.join(missing)}. apt-get install util-linux iproute2 iptables")
     place = _cache()
-    kubernetes, dns, router = HERE / "kubernetes", HERE / "coredns", HERE / "router"
-    module = "k8s.io/kubernetes"
+    kubernetes, module = HERE / "kubernetes", "k8s.io/kubernetes"
     version = f"v{pinned_version(kubernetes, module)}"
     stamps = " ".join(f"-X k8s.io/{part}/version.gitVersion={version}" for part in ("component-base", "client-go/pkg"))
     # Static, as the name server is all that its image has.
     options = ("-tags=netgo,osusergo", f"-ldflags=-s -w {stamps}")
     paths = {name: find_built(name, kubernetes, module, *options, place=place) for name in KUBERNETES}
-    paths["coredns"] = find_built("coredns", dns, "github.com/coredns/coredns", options[0], place=place)
-    paths["kube-router"] = find_built("kube-router", router, _ROUTER, options[0], place=place)
+    paths |= {name: find_built(name, HERE / name, beside, options[0], place=place) for name, beside in BESIDE.items()}
     return Programs(paths, _unpack(place / "debian"))
 
 
@@ -81,15 +80,15 @@ def _unpack(folder: Path) -> Path:
     """Debian's packages, unpacked but not installed, so that none starts a service."""
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder.with_suffix(".lock")):
-        done = folder / "done"
-        if not done.exists() or done.read_text().split() != [*_DEBIAN]:
+        done, packages = folder / "done", "\n".join(_DEBIAN)
+        if not done.exists() or done.read_text() != packages:
             say(f"Fetching {', '.join(_DEBIAN)} from Debian's packages.\n")
             _apt("update", "-qq", folder=folder)
             _apt("download", "-qq", *_DEBIAN, folder=folder)
             for package in folder.glob("*.deb"):
                 subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True)
                 package.unlink()
-            done.write_text(" ".join(_DEBIAN))
+            done.write_text(packages)
     return folder
 
 
